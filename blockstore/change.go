@@ -130,7 +130,7 @@ func (c *change) commit() error {
 		for _, slot := range c.freed[class] {
 			slab.free(slot)
 		}
-		if slab.unused() > c.w.unusedBytes() {
+		if slab.unused() > c.w.atMost(maxUnused, 8) {
 			s.progress.background(slab.punch(c.freed[class]))
 		}
 	}

@@ -222,16 +222,14 @@ func (s *slab) truncate() error {
 
 // giveBack gives the space of all free slots back to the file system.
 func (s *slab) giveBack() error {
-	end := s.end
-	for end > 0 && !s.isTaken(uint32(end-1)) {
-		end--
+	for s.end > 0 && !s.isTaken(uint32(s.end-1)) {
+		s.end--
 	}
-	if err := s.file.Truncate(end * int64(s.class.size())); err != nil {
+	if err := s.truncate(); err != nil {
 		return err
 	}
-	s.end = end
 	var free []uint32
-	for slot := range uint32(end) {
+	for slot := range uint32(s.end) {
 		if !s.isTaken(slot) {
 			free = append(free, slot)
 		}

@@ -22,6 +22,9 @@ const (
 	maxBatchBytes  = 16 << 20
 )
 
+// maxUnused is how many bytes of free slots may keep their space on disk, in each slab.
+const maxUnused = 64 << 20
+
 // savePeriod is how often times of access are saved; as much of them is lost in a crash.
 const savePeriod = 5 * time.Minute
 
@@ -153,7 +156,11 @@ func (w *writer) transact(batch []*request) error {
 	// Evicting a little more than is needed now, for the next batch, saves it a transaction of its
 	// own.
 	if limit := w.store.options.MaxBytes; limit > 0 {
-		if _, err := c.evict(c.state.bytes()+sizeOf(fresh)+w.batchBytes()-limit, maxVictims); err != nil {
+		over := c.state.bytes() + w.batchBytes() - limit
+		for _, a := range fresh {
+			over += int64(len(a.block))
+		}
+		if _, err := c.evict(over, maxVictims); err != nil {
 			return err
 		}
 	}
@@ -175,13 +182,6 @@ func (w *writer) transact(batch []*request) error {
 type addition struct {
 	*request
 	location location
-}
-
-func sizeOf(additions []*addition) (n int64) {
-	for _, a := range additions {
-		n += int64(len(a.block))
-	}
-	return n
 }
 
 // sort does what requests ask for except for blocks that must be written, which it returns, in the
@@ -274,20 +274,14 @@ func (w *writer) write(blocks []*addition) error {
 }
 
 // batchBytes is the greatest number of bytes of blocks in a batch, and what eviction keeps free.
-func (w *writer) batchBytes() int64 {
-	if limit := w.store.options.MaxBytes; limit > 0 {
-		return min(maxBatchBytes, limit/32)
-	}
-	return maxBatchBytes
-}
+func (w *writer) batchBytes() int64 { return w.atMost(maxBatchBytes, 32) }
 
-// unusedBytes is how many bytes of free slots may keep their space on disk, in each slab.
-func (w *writer) unusedBytes() int64 {
-	const most = 64 << 20
+// atMost returns a number of bytes, but no more than a part of the limit, if there is one.
+func (w *writer) atMost(bytes, part int64) int64 {
 	if limit := w.store.options.MaxBytes; limit > 0 {
-		return min(most, limit/8)
+		return min(bytes, limit/part)
 	}
-	return most
+	return bytes
 }
 
 func (w *writer) saveAccesses() error {

@@ -569,13 +569,11 @@ func (s *Slots) acquire(remote string) (release func(), freed <-chan struct{}) {
 		return nil, s.freed
 	}
 	s.shares.add(host)
-	return func() { s.release(host) }, nil
-}
-
-func (s *Slots) release(host netip.Prefix) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.shares.remove(host)
-	close(s.freed)
-	s.freed = make(chan struct{})
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.shares.remove(host)
+		close(s.freed)
+		s.freed = make(chan struct{})
+	}, nil
 }
