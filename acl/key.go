@@ -182,8 +182,7 @@ func verifyRSA(pub *rsa.PublicKey, digest [32]byte, s []byte) error {
 	if len(s) > pub.Size() {
 		return errors.New("it is longer than the modulus of the key")
 	}
-	padded := make([]byte, pub.Size())
-	copy(padded[len(padded)-len(s):], s)
+	padded := slices.Concat(make([]byte, pub.Size()-len(s)), s)
 	if rsa.VerifyPKCS1v15(pub, crypto.SHA256, digest[:], padded) != nil {
 		return errors.New("it was not made by the key that it names")
 	}

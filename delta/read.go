@@ -5,6 +5,7 @@ package delta
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -297,9 +298,7 @@ func (r *Reader) begin(n *nar.Node) error {
 	if method(m) == methodNew {
 		return nil
 	}
-	if from == "" {
-		from = r.file.path
-	}
+	from = cmp.Or(from, r.file.path)
 	if r.file.old, r.file.oldSize, err = openFile(r.base, from); err != nil {
 		return err
 	}

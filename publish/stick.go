@@ -3,6 +3,7 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -60,11 +61,8 @@ func (e *exporter) writeNar(ctx context.Context, it *exportItem, tree string) (n
 // elsewhere returns the nars that whoever gets the narinfo can have from a server.
 func (it *exportItem) elsewhere() (urls []narinfo.URL) {
 	for _, u := range it.narinfo.PreferredURLs() {
-		base := it.server
-		if base == "" {
-			base = "file:" // so that what is relative is of no use
-		}
-		address, err := narinfo.ResolveURL(base, u.URL)
+		// Without a server, what is relative is of no use.
+		address, err := narinfo.ResolveURL(cmp.Or(it.server, "file:"), u.URL)
 		if scheme, _, _ := strings.Cut(strings.ToLower(address), ":"); err == nil && (scheme == "http" || scheme == "https") {
 			u.URL = address
 			urls = append(urls, u)

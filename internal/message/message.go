@@ -307,11 +307,7 @@ func UnknownCommand(name string, names []string) error {
 // Option says in our words what is wrong with an option.
 func Option(c *cobra.Command, err error) error {
 	text := err.Error()
-	var unknown *pflag.NotExistError
-	var missing *pflag.ValueRequiredError
-	var invalid *pflag.InvalidValueError
-	switch {
-	case errors.As(err, &unknown):
+	if unknown, ok := errors.AsType[*pflag.NotExistError](err); ok {
 		var names []string
 		c.Flags().VisitAll(func(f *pflag.Flag) { names = append(names, "--"+f.Name) })
 		name := "--" + unknown.GetSpecifiedName()
@@ -319,10 +315,10 @@ func Option(c *cobra.Command, err error) error {
 			name = "-" + unknown.GetSpecifiedName()
 		}
 		text = Unknown("option", name, names)
-	case errors.As(err, &missing):
+	} else if missing, ok := errors.AsType[*pflag.ValueRequiredError](err); ok {
 		value, _ := pflag.UnquoteUsage(missing.GetFlag())
 		text = fmt.Sprintf("the option --%[1]s needs a value: --%[1]s=%[2]s", missing.GetFlag().Name, value)
-	case errors.As(err, &invalid):
+	} else if invalid, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
 		why := fmt.Sprint(errors.Unwrap(invalid))
 		if invalid.GetFlag().Value.Type() == "bool" {
 			why = "it must be true or false, or be left out"

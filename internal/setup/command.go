@@ -396,9 +396,7 @@ func announced(host string, urls []string) (stores []string) {
 		if err != nil || u.Scheme == "coap+unix" {
 			continue
 		}
-		if u.Host == "" {
-			u.Host = strings.ToLower(host)
-		}
+		u.Host = cmp.Or(u.Host, strings.ToLower(host))
 		stores = append(stores, u.String())
 	}
 	return stores
