@@ -121,21 +121,13 @@ func (w *writer) findBases(name string) error {
 func walk(root string, f func(n nar.Node, path string, file *os.File) error) error {
 	tree := nar.NewTree(root)
 	defer tree.Close()
-	for {
-		n, err := tree.Next()
-		if err == io.EOF {
-			return nil
-		} else if err != nil {
-			return err
-		}
+	return nar.Walk(tree, func(n nar.Node) error {
 		path, file := "", tree.File()
 		if file != nil {
 			path = strings.TrimPrefix(strings.TrimPrefix(file.Name(), root), "/")
 		}
-		if err := f(n, path, file); err != nil {
-			return err
-		}
-	}
+		return f(n, path, file)
+	})
 }
 
 // unversioned is a path without digits and hashes of store items, which is often the same in the

@@ -105,26 +105,10 @@ type encoder struct {
 // walk reads the tree, encodes large files and has small ones encoded by others.
 func (e *encoder) walk() error {
 	defer func() { e.sum = e.hash.Finish() }()
-	for {
-		n, err := e.nodes.Next()
-		if err == io.EOF {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		if err := e.node(n); err != nil {
-			return err
-		}
-		if err := e.ctx.Err(); err != nil {
-			return err
-		}
-	}
+	return e.hash.Walk(e.nodes, e.node)
 }
 
 func (e *encoder) node(n nar.Node) error {
-	if err := e.hash.Node(n); err != nil {
-		return err
-	}
 	if !utf8.ValidString(n.Name) || !utf8.ValidString(n.Target) {
 		return fmt.Errorf("%w: the name or target %.300q is not UTF-8", ErrNotRepresentable, n.Name+n.Target)
 	}
@@ -149,10 +133,7 @@ func (e *encoder) node(n nar.Node) error {
 	if n.Kind == nar.Symlink {
 		return nil
 	}
-	if err := e.file(entry, n); err != nil {
-		return err
-	}
-	return e.hash.EndContents()
+	return e.file(entry, n)
 }
 
 // file encodes a file, or has it encoded.

@@ -3,6 +3,7 @@
 package nar
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"hash"
@@ -11,8 +12,7 @@ import (
 
 // A Hasher computes the NarHash of a tree from its nodes, in a goroutine of its own if there is
 // much to hash: SHA-256 is what limits a large file once decompression and writing run beside it.
-// Its methods must be called from one goroutine, in the order of the walk: Node for each node,
-// Contents for each piece of the contents of a Regular and EndContents after the last, and Finish
+// Its methods must be called from one goroutine: Walk, Contents while that is under way, and Finish
 // in any case.
 //
 // What it hashes is handed over in order, as chunks of contents and as runs of the bytes between
@@ -57,18 +57,23 @@ func (h *Hasher) start() {
 // Size is the length of the archive so far, in bytes.
 func (h *Hasher) Size() uint64 { return h.size }
 
-// Node hashes a node, up to the contents of a Regular.
-func (h *Hasher) Node(n Node) error {
-	return h.extend(func(frame []byte) []byte { return h.framer.AppendNode(frame, n) })
+// Walk hashes a tree but for contents. It calls f for each node, as [Walk] does, which has those of
+// a Regular hashed by Contents.
+func (h *Hasher) Walk(nodes Nodes, f func(n Node) error) error {
+	return Walk(nodes, func(n Node) error {
+		err := h.extend(func(frame []byte) []byte { return h.framer.AppendNode(frame, n) })
+		if err == nil {
+			err = f(n)
+		}
+		if err == nil && n.Kind == Regular {
+			err = h.extend(h.framer.AppendContentsEnd)
+		}
+		return cmp.Or(err, h.ctx.Err())
+	})
 }
 
-// EndContents hashes what follows the contents of a Regular.
-func (h *Hasher) EndContents() error {
-	return h.extend(h.framer.AppendContentsEnd)
-}
-
-// Contents hashes a piece of contents. The caller still owns c; the hasher retains it for as long
-// as it needs it.
+// Contents hashes the next piece of the contents of a Regular. The caller still owns c; the hasher
+// retains it for as long as it needs it.
 func (h *Hasher) Contents(c Chunk) error {
 	if len(c.Bytes) < smallPiece {
 		return h.extend(func(frame []byte) []byte { return append(frame, c.Bytes...) })

@@ -15,6 +15,7 @@ package nar
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 )
@@ -81,6 +82,21 @@ type Nodes interface {
 	// Contents returns the next piece of the contents of the Regular that Next returned last, never
 	// an empty one, and io.EOF after Size bytes. The caller owns the piece and must release it.
 	Contents() (Chunk, error)
+}
+
+// Walk calls f for each node, until there are no more, or an error of either.
+func Walk(nodes Nodes, f func(n Node) error) error {
+	for {
+		n, err := nodes.Next()
+		if err == io.EOF {
+			return nil
+		} else if err == nil {
+			err = f(n)
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // magic is the string that each archive begins with.

@@ -203,15 +203,9 @@ func Write(w io.Writer, nodes Nodes) (written int64, err error) {
 	}
 	var framer Framer
 	var frame []byte
-	for {
-		n, err := nodes.Next()
-		if err == io.EOF {
-			return written, out.Flush()
-		} else if err != nil {
-			return written, err
-		}
+	err = Walk(nodes, func(n Node) error {
 		frame = framer.AppendNode(frame[:0], n)
-		err = put(frame)
+		err := put(frame)
 		for n.Kind == Regular && err == nil {
 			var c Chunk
 			if c, err = nodes.Contents(); err == nil {
@@ -222,10 +216,12 @@ func Write(w io.Writer, nodes Nodes) (written int64, err error) {
 				break
 			}
 		}
-		if err != nil {
-			return written, err
-		}
+		return err
+	})
+	if err == nil {
+		err = out.Flush()
 	}
+	return written, err
 }
 
 // Hash returns the SHA-256 of the archive of the whole tree that nodes holds, and its length in

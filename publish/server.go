@@ -370,13 +370,7 @@ func walk(path string, hash bool) (a archive, err error) {
 	}
 	tree := nar.NewTree(path)
 	defer tree.Close()
-	for err == nil {
-		_, err = tree.Next()
-	}
-	if err == io.EOF {
-		err = nil
-	}
-	return a, err
+	return a, nar.Walk(tree, func(nar.Node) error { return nil })
 }
 
 // file is where a store item is.

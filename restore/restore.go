@@ -189,26 +189,14 @@ type directory struct {
 func (r *restorer) plan() error {
 	defer close(r.files)
 	defer func() { r.result = Result{r.hash.Finish(), r.hash.Size()} }()
-	for {
-		n, err := r.nodes.Next()
-		if err == io.EOF {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		if err := r.node(n); err != nil {
-			return err
-		}
-		if err := r.ctx.Err(); err != nil {
-			return err
-		}
+	err := r.hash.Walk(r.nodes, r.node)
+	if err == nil && r.hash.Size() > r.limit {
+		err = r.tooLarge() // by what ends a file
 	}
+	return err
 }
 
 func (r *restorer) node(n nar.Node) error {
-	if err := r.hash.Node(n); err != nil {
-		return err
-	}
 	if r.hash.Size() > r.limit {
 		return r.tooLarge()
 	}
@@ -242,23 +230,11 @@ func (r *restorer) node(n nar.Node) error {
 		return r.tooLarge()
 	}
 	f := &file{directory: dir, name: name, size: n.Size, executable: n.Executable, unique: n.Unique}
-	linked, err := r.link(f, n.Same)
-	if err != nil {
+	if linked, err := r.link(f, n.Same); linked || err != nil {
 		return err
 	}
-	if !linked {
-		dir.pending.Add(1)
-		if err := r.contents(f); err != nil {
-			return err
-		}
-	}
-	if err := r.hash.EndContents(); err != nil {
-		return err
-	}
-	if r.hash.Size() > r.limit {
-		return r.tooLarge()
-	}
-	return nil
+	dir.pending.Add(1)
+	return r.contents(f)
 }
 
 // directory makes a directory, which errors call something else if it is the root, and goes into

@@ -15,7 +15,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"iter"
 	"maps"
@@ -161,24 +160,20 @@ func (f *Finder) references(ctx context.Context, name string, want *narinfo.Nari
 	all.found = func(p Replacement) { found[p.Old] = true }
 	tree := nar.NewTree(f.StoreDir + "/" + name)
 	defer tree.Close()
-	for {
-		n, err := tree.Next()
-		if err == io.EOF {
-			return slices.Collect(maps.Keys(found)), nil
-		} else if err != nil {
-			return nil, err
-		}
+	err = nar.Walk(tree, func(n nar.Node) error {
 		if left -= int64(n.Size); left < 0 {
-			return nil, errLonger
+			return errLonger
 		}
 		all.text(n.Name)
 		all.text(n.Target)
 		for _, err := range all.stream(tree.File(), int64(n.Size)).pieces() {
 			if err = cmp.Or(err, ctx.Err()); err != nil {
-				return nil, err
+				return err
 			}
 		}
-	}
+		return nil
+	})
+	return slices.Collect(maps.Keys(found)), err
 }
 
 // String returns the file name of the old item.
