@@ -58,7 +58,7 @@ func Parse(text []byte) (*Narinfo, error) {
 		return nil, fmt.Errorf("narinfo: %d bytes exceed the limit of %d", len(text), MaxSize)
 	}
 	all := string(text)
-	p := parser{lines: lines{text: all, rest: all}, signedEnd: -1, n: &Narinfo{}, seen: make([]field, 0, 6)}
+	p := parser{lines: lines{text: all, rest: all}, signedEnd: -1, n: &Narinfo{}, first: map[string]int{}}
 	if !utf8.ValidString(p.text) {
 		return nil, errors.New("narinfo: the text is not UTF-8")
 	}
@@ -87,8 +87,8 @@ type parser struct {
 	lines
 	signedEnd int // start of the field Signature, or −1
 
-	n    *Narinfo // which keeps nothing of the parser
-	seen []field  // the first one of each of the six kinds of which one counts
+	n     *Narinfo       // which keeps nothing of the parser
+	first map[string]int // where the first one stands of each of the six kinds of which one counts
 
 	compressions []string
 	sizes        []fileSize
@@ -100,36 +100,15 @@ type fileSize struct {
 	urls  int // how many URLs stand before it
 }
 
-// first notes a field, and reports whether it is the first of its name.
-func (p *parser) first(f field) bool {
-	if p.find(f.name) != nil {
-		return false
-	}
-	p.seen = append(p.seen, f)
-	return true
-}
-
-// find returns the first field of a name that was noted, or nil.
-func (p *parser) find(name string) *field {
-	for i := range p.seen {
-		if p.seen[i].name == name {
-			return &p.seen[i]
-		}
-	}
-	return nil
-}
-
-// signed reports whether a field stands before the signature.
-func (p *parser) signed(f *field) bool { return f != nil && f.offset < p.signedEnd }
-
 // field takes in one field.
 func (p *parser) field(f field) error {
 	n := p.n
 	switch f.name {
 	case "StorePath", "NarHash", "NarSize", "References", "Deriver", "Signature":
-		if !p.first(f) {
+		if _, twice := p.first[f.name]; twice {
 			return nil
 		}
+		p.first[f.name] = f.offset
 	}
 	switch f.name {
 	case "StorePath":
@@ -178,12 +157,12 @@ func (p *parser) field(f field) error {
 	case "ERIS":
 		if len(n.ERIS) < maxERIS {
 			e := parseERIS(f.value)
-			e.Signed = p.signed(&f)
+			e.Signed = f.offset < p.signedEnd
 			n.ERIS = append(n.ERIS, e)
 		}
 	case "Delta":
 		if d, ok := parseDelta(f.value); ok && len(n.Deltas) < maxDeltas {
-			d.Signed = p.signed(&f)
+			d.Signed = f.offset < p.signedEnd
 			n.Deltas = append(n.Deltas, d)
 		}
 	}
@@ -193,7 +172,7 @@ func (p *parser) field(f field) error {
 // finish checks that all is there, and decides what is signed.
 func (p *parser) finish() (*Narinfo, error) {
 	for _, name := range []string{"StorePath", "References"} {
-		if p.find(name) == nil {
+		if _, ok := p.first[name]; !ok {
 			return nil, fmt.Errorf("%w %s", ErrNoField, name)
 		}
 	}
@@ -208,7 +187,12 @@ func (p *parser) finish() (*Narinfo, error) {
 	}
 	n.text = p.text
 	// The signature may also stand behind the end of the record.
-	if p.find("Signature") != nil && p.signed(p.find("StorePath")) && p.signed(p.find("NarHash")) && p.signed(p.find("References")) {
+	_, signed := p.first["Signature"]
+	for _, name := range []string{"StorePath", "NarHash", "References"} {
+		offset, ok := p.first[name]
+		signed = signed && ok && offset < p.signedEnd
+	}
+	if signed {
 		n.signed = p.signedEnd
 		return n, nil
 	}
