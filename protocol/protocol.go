@@ -4,7 +4,7 @@
 // input, replies on descriptor 4, and messages for the user on standard error. It knows nothing of
 // networks and stores.
 //
-// [Log.Requests] reads requests; the Append functions make replies; [ParseOptions] reads what the
+// [Log.Requests] reads requests; the Reply functions make replies; [ParseOptions] reads what the
 // daemon puts in the environment; [NewLog] shows progress. The rules are those of Guix:
 // guix/scripts/substitute.scm on the substituter's side, and nix/libstore/local-store.cc and
 // build.cc on the daemon's.
@@ -12,10 +12,10 @@ package protocol
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
-	"strconv"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -60,15 +60,11 @@ func (r *Requests) Next() (Request, error) {
 	if err != nil {
 		return Request{}, err
 	}
-	words := bytes.Fields(line)
+	words := strings.Fields(string(line))
 	if len(words) == 0 {
 		return Request{}, nil
 	}
-	request := Request{Command: string(words[0]), Arguments: make([]string, len(words)-1)}
-	for i, w := range words[1:] {
-		request.Arguments[i] = string(w)
-	}
-	return request, nil
+	return Request{words[0], words[1:]}, nil
 }
 
 // A TooLongError is a request line beyond [MaxRequest]; it has been skipped.
@@ -108,13 +104,13 @@ func (r *Requests) line() ([]byte, error) {
 
 // Reply ends a request by writing the reply to a file descriptor, with a single write unless a pipe
 // takes less. Errors are those of writing.
-func (r *Requests) Reply(fd int, reply []byte) error {
+func (r *Requests) Reply(fd int, reply string) error {
 	r.log.hold()
-	for len(reply) > 0 {
-		n, err := unix.Write(fd, reply)
+	for left := []byte(reply); len(left) > 0; {
+		n, err := unix.Write(fd, left)
 		switch err {
 		case nil:
-			reply = reply[n:]
+			left = left[n:]
 		case unix.EINTR:
 		case unix.EAGAIN:
 			unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1)
@@ -125,13 +121,10 @@ func (r *Requests) Reply(fd int, reply []byte) error {
 	return nil
 }
 
-// AppendHave appends the reply to a "have" request: the available paths, in any order. Each must be
-// one line.
-func AppendHave(dst []byte, paths []string) []byte {
-	for _, p := range paths {
-		dst = append(append(dst, p...), '\n')
-	}
-	return append(dst, '\n')
+// ReplyHave is the reply to a "have" request: the available paths, in any order. Each must be one
+// line.
+func ReplyHave(paths []string) string {
+	return strings.Join(append(slices.Clip(paths), "", ""), "\n")
 }
 
 // Info is what the daemon wants to know about an available path.
@@ -149,39 +142,33 @@ type Info struct {
 	NarSize uint64
 }
 
-// AppendInfo appends the reply to an "info" request: a record for each available path, in any
-// order.
-func AppendInfo(dst []byte, records []Info) []byte {
-	for i := range records {
-		r := &records[i]
-		dst = append(append(dst, r.Path...), '\n')
-		dst = append(append(dst, r.Deriver...), '\n')
-		dst = append(strconv.AppendInt(dst, int64(len(r.References)), 10), '\n')
+// ReplyInfo is the reply to an "info" request: a record for each available path, in any order.
+func ReplyInfo(records []Info) string {
+	var b strings.Builder
+	for _, r := range records {
+		fmt.Fprintf(&b, "%s\n%s\n%d\n", r.Path, r.Deriver, len(r.References))
 		for _, ref := range r.References {
-			dst = append(append(dst, ref...), '\n')
+			b.WriteString(ref + "\n")
 		}
-		dst = append(strconv.AppendUint(dst, r.DownloadSize, 10), '\n')
-		dst = append(strconv.AppendUint(dst, r.NarSize, 10), '\n')
+		fmt.Fprintf(&b, "%d\n%d\n", r.DownloadSize, r.NarSize)
 	}
-	return append(dst, '\n')
+	return b.String() + "\n"
 }
 
 // The replies to a "substitute" request. The daemon takes the bytes of a single read as the reply,
 // so each must be written with a single write.
 
-// AppendSuccess appends the reply that the item is at its destination. narHash is the NarHash field
-// as the narinfo has it, "sha256:" and the hash.
-func AppendSuccess(dst []byte, narHash string, narSize uint64) []byte {
-	return fmt.Appendf(dst, "success %s %d\n", narHash, narSize)
+// ReplyNotFound is the reply that the item cannot be had.
+const ReplyNotFound = "not-found\n"
+
+// ReplySuccess is the reply that the item is at its destination. narHash is the NarHash field as
+// the narinfo has it, "sha256:" and the hash.
+func ReplySuccess(narHash string, narSize uint64) string {
+	return fmt.Sprintf("success %s %d\n", narHash, narSize)
 }
 
-// AppendHashMismatch appends the reply that what was found is not what the narinfo says. Both are
-// SHA-256 hashes in nix-base32.
-func AppendHashMismatch(dst []byte, expected, actual string) []byte {
-	return fmt.Appendf(dst, "hash-mismatch sha256 %s %s\n", expected, actual)
-}
-
-// AppendNotFound appends the reply that the item cannot be had.
-func AppendNotFound(dst []byte) []byte {
-	return append(dst, "not-found\n"...)
+// ReplyHashMismatch is the reply that what was found is not what the narinfo says. Both are SHA-256
+// hashes in nix-base32.
+func ReplyHashMismatch(expected, actual string) string {
+	return fmt.Sprintf("hash-mismatch sha256 %s %s\n", expected, actual)
 }

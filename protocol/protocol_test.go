@@ -82,21 +82,20 @@ func TestTooLongRequest(t *testing.T) {
 
 func TestReplies(t *testing.T) {
 	for name, test := range map[string]struct {
-		got  []byte
-		want string
+		got, want string
 	}{
-		"have nothing": {protocol.AppendHave(nil, nil), "\n"},
-		"have two":     {protocol.AppendHave(nil, []string{"/s/a", "/s/b"}), "/s/a\n/s/b\n\n"},
-		"info nothing": {protocol.AppendInfo(nil, nil), "\n"},
-		"info two": {protocol.AppendInfo(nil, []protocol.Info{
+		"have nothing": {protocol.ReplyHave(nil), "\n"},
+		"have two":     {protocol.ReplyHave([]string{"/s/a", "/s/b"}), "/s/a\n/s/b\n\n"},
+		"info nothing": {protocol.ReplyInfo(nil), "\n"},
+		"info two": {protocol.ReplyInfo([]protocol.Info{
 			{"/s/a", "/s/d.drv", []string{"/s/c", "/s/a"}, 21, 21064},
 			{Path: "/s/b", NarSize: 1<<64 - 1},
 		}), "/s/a\n/s/d.drv\n2\n/s/c\n/s/a\n21\n21064\n/s/b\n\n0\n0\n18446744073709551615\n\n"},
-		"success":   {protocol.AppendSuccess(nil, "sha256:0abc", 1<<63+100), "success sha256:0abc 9223372036854775908\n"},
-		"mismatch":  {protocol.AppendHashMismatch(nil, "0a", "0b"), "hash-mismatch sha256 0a 0b\n"},
-		"not found": {protocol.AppendNotFound(nil), "not-found\n"},
+		"success":   {protocol.ReplySuccess("sha256:0abc", 1<<63+100), "success sha256:0abc 9223372036854775908\n"},
+		"mismatch":  {protocol.ReplyHashMismatch("0a", "0b"), "hash-mismatch sha256 0a 0b\n"},
+		"not found": {protocol.ReplyNotFound, "not-found\n"},
 	} {
-		if string(test.got) != test.want {
+		if test.got != test.want {
 			t.Errorf("%s: %q, want %q", name, test.got, test.want)
 		}
 	}
@@ -403,7 +402,7 @@ func testBetweenRequests(t *testing.T) {
 	defer pipe.Close()
 	reply := func() {
 		t.Helper()
-		must(t, requests.Reply(int(pipe.Fd()), []byte("reply\n")))
+		must(t, requests.Reply(int(pipe.Fd()), "reply\n"))
 	}
 	ahead := log.Hold()
 	ahead.WarnOnce("a", "ahead")

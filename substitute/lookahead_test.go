@@ -286,7 +286,7 @@ func TestLookAheadWarnings(t *testing.T) {
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 	must(t, err)
 	defer null.Close()
-	requests.Reply(int(null.Fd()), nil)
+	requests.Reply(int(null.Fd()), "")
 	shown := log.String()
 	until(t, "asking", func() bool { return server.asked.Load() >= 3 })
 	s.Close()

@@ -3,7 +3,6 @@
 package session
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -65,12 +64,12 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 		items = []string{item, destination}
 	}
 	sub.SetKeys(s.Keys())
-	var reply []byte
+	var reply string
 	var result message.Status
 	if query {
 		items = Names(items)
 		records := sub.Info(ctx, items)
-		reply = protocol.AppendInfo(nil, records)
+		reply = protocol.ReplyInfo(records)
 		if !s.sayMissing(items, records) {
 			result = message.Unavailable
 		}
@@ -80,7 +79,7 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 		if err != nil {
 			return err
 		}
-		reply = appendOutcome(nil, outcome)
+		reply = replyOf(outcome)
 		switch outcome.Status {
 		case substitute.NotFound:
 			result = sub.WhyNot(ctx, items[0])
@@ -89,7 +88,7 @@ func (s *Settings) ByHand(ctx context.Context, query bool, items []string) error
 			result = message.Failed
 		}
 	}
-	if _, err := os.Stdout.Write(reply); err != nil {
+	if _, err := os.Stdout.WriteString(reply); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -241,7 +240,7 @@ func (s *Settings) Serve(stdin io.Reader, replies int, query, byHand bool) error
 			ctx, stop = program.UntilSignal()
 		}
 		reply := s.answer(ctx, sub, request, query)
-		if !query && bytes.Equal(reply, protocol.AppendNotFound(nil)) && s.near.awaited() {
+		if !query && reply == protocol.ReplyNotFound && s.near.awaited() {
 			renew()
 			s.failed = ""
 			reply = s.answer(ctx, sub, request, query)
@@ -300,7 +299,7 @@ func (s *Settings) renewKeys(sub *Session, query, first bool) {
 }
 
 // answer returns the reply to a request; there is one whatever happens.
-func (s *Settings) answer(ctx context.Context, sub *Session, request protocol.Request, query bool) (reply []byte) {
+func (s *Settings) answer(ctx context.Context, sub *Session, request protocol.Request, query bool) (reply string) {
 	defer func() {
 		if fault := recover(); fault != nil {
 			s.log.Errorf("internal error: %v: %s", fault, debug.Stack())
@@ -316,18 +315,18 @@ func (s *Settings) answer(ctx context.Context, sub *Session, request protocol.Re
 	arguments := request.Arguments
 	switch {
 	case query && request.Command == "have":
-		return protocol.AppendHave(nil, sub.Have(ctx, arguments))
+		return protocol.ReplyHave(sub.Have(ctx, arguments))
 	case query && request.Command == "info":
 		records := sub.Info(ctx, arguments)
 		sub.note(arguments, records)
-		return protocol.AppendInfo(nil, records)
+		return protocol.ReplyInfo(records)
 	case !query && destinationOf(request) != "":
 		outcome, err := s.restore(ctx, sub, arguments[0], arguments[1])
 		if err != nil {
 			s.log.Errorf("%v", err)
 			outcome = substitute.Outcome{}
 		}
-		return appendOutcome(nil, outcome)
+		return replyOf(outcome)
 	}
 	s.log.Errorf("request %.200q with %d arguments is not understood", request.Command, len(arguments))
 	return noReply(query)
@@ -341,21 +340,21 @@ func destinationOf(r protocol.Request) string {
 	return ""
 }
 
-func noReply(query bool) []byte {
+func noReply(query bool) string {
 	if query {
-		return protocol.AppendHave(nil, nil)
+		return protocol.ReplyHave(nil)
 	}
-	return protocol.AppendNotFound(nil)
+	return protocol.ReplyNotFound
 }
 
-func appendOutcome(dst []byte, o substitute.Outcome) []byte {
+func replyOf(o substitute.Outcome) string {
 	switch o.Status {
 	case substitute.Success:
-		return protocol.AppendSuccess(dst, o.NarHash, o.NarSize)
+		return protocol.ReplySuccess(o.NarHash, o.NarSize)
 	case substitute.HashMismatch:
-		return protocol.AppendHashMismatch(dst, o.Expected, o.Actual)
+		return protocol.ReplyHashMismatch(o.Expected, o.Actual)
 	}
-	return protocol.AppendNotFound(dst)
+	return protocol.ReplyNotFound
 }
 
 // CleanOption is the option of a helper that cleans up after another one; see [CleanAfter].
