@@ -8,9 +8,9 @@ import (
 )
 
 // Options are what the daemon tells its substituter about the settings of the administrator and of
-// the client: the variable _NIX_OPTIONS (Guix, nix/libstore/globals.cc: Settings::pack). The zero
-// Options are those of a program that no daemon has started.
-type Options struct{ values map[string]string }
+// the client, by name: the variable _NIX_OPTIONS (Guix, nix/libstore/globals.cc: Settings::pack).
+// The nil Options are those of a program that no daemon has started.
+type Options map[string]string
 
 // maxOptions is how many options are kept; the daemon sends about twenty.
 const maxOptions = 4096
@@ -18,29 +18,24 @@ const maxOptions = 4096
 // ParseOptions reads the value of _NIX_OPTIONS: NAME=VALUE lines. Other lines are passed over, and
 // so is what repeats a name.
 func ParseOptions(packed string) Options {
-	o := Options{map[string]string{}}
+	o := Options{}
 	for line := range strings.SplitSeq(packed, "\n") {
 		name, value, ok := strings.Cut(line, "=")
-		if _, twice := o.Get(name); ok && !twice && len(o.values) < maxOptions {
-			o.values[name] = value
+		if _, twice := o[name]; ok && !twice && len(o) < maxOptions {
+			o[name] = value
 		}
 	}
 	return o
 }
 
-// Get returns the value of an option, and whether it is set. It may be set to the empty string.
-func (o Options) Get(name string) (string, bool) {
-	value, ok := o.values[name]
-	return value, ok
-}
-
 // fromClient returns what the client wants, be it trusted or not, before what the administrator has
 // set (Guix, guix/scripts/substitute.scm: find-daemon-option "untrusted-…").
 func (o Options) fromClient(name string) (string, bool) {
-	if v, ok := o.Get("untrusted-" + name); ok {
-		return v, true
+	v, ok := o["untrusted-"+name]
+	if !ok {
+		v, ok = o[name]
 	}
-	return o.Get(name)
+	return v, ok
 }
 
 // SubstituteURLs returns the substitute URLs in order, and whether the daemon has set them. A
@@ -53,13 +48,13 @@ func (o Options) SubstituteURLs() ([]string, bool) {
 // UntrustedURLs reports whether the substitute URLs are those of a client that the daemon does not
 // trust: any user of the machine.
 func (o Options) UntrustedURLs() bool {
-	_, ok := o.Get("untrusted-substitute-urls")
+	_, ok := o["untrusted-substitute-urls"]
 	return ok
 }
 
 // Discover reports whether servers found on the local network are to be asked too.
 func (o Options) Discover() bool {
-	return o.values["discover"] == "true"
+	return o["discover"] == "true"
 }
 
 // Traces reports whether the client wants the events of a download as lines that it can read
@@ -83,5 +78,5 @@ func (o Options) Columns() int {
 
 // Deduplicate reports whether files are to be shared with equal ones of the store.
 func (o Options) Deduplicate() bool {
-	return o.values["deduplicate"] == "yes"
+	return o["deduplicate"] == "yes"
 }

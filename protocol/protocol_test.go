@@ -132,7 +132,7 @@ deduplicate=yes`, []string{"https://bordeaux.guix.gnu.org", "https://ci.guix.gnu
 		if o.Traces() != test.traces || o.Columns() != test.columns || o.Deduplicate() != test.deduplicate || o.Discover() != test.discover {
 			t.Errorf("%s: traces %v, columns %d, deduplicate %v, discover %v", name, o.Traces(), o.Columns(), o.Deduplicate(), o.Discover())
 		}
-		if user, ok := o.Get("untrusted-user-name"); ok != strings.Contains(test.packed, "alice") || ok && user != "alice" {
+		if user, ok := o["untrusted-user-name"]; ok != strings.Contains(test.packed, "alice") || ok && user != "alice" {
 			t.Errorf("%s: user name %q, %v", name, user, ok)
 		}
 	}

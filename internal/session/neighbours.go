@@ -44,7 +44,7 @@ type neighbours struct {
 func (s *Settings) looksAround() bool {
 	policy, _ := s.Policy()
 	wanted := true
-	if told, ok := s.options.Get("discover"); ok {
+	if told, ok := s.options["discover"]; ok {
 		wanted = told == "true"
 	}
 	if s.file.DiscoverStores != nil {

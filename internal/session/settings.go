@@ -141,7 +141,7 @@ func (s *Settings) read() {
 func (s *Settings) Log() *protocol.Log { return s.log }
 
 // NewLog returns what the person who runs a command sees that has no Settings.
-func NewLog() *protocol.Log { return newLog(false, protocol.Options{}) }
+func NewLog() *protocol.Log { return newLog(false, nil) }
 
 func newLog(daemon bool, options protocol.Options) *protocol.Log {
 	terminal := term.IsTerminal(2) && os.Getenv("TERM") != "dumb"
