@@ -28,10 +28,13 @@ type levelEncoder struct {
 	size   BlockSize
 	secret *ConvergenceSecret // nil for internal nodes
 	sink   Sink
+	pairs  []Pair // of what was encoded last
 }
 
-// encode encodes whole nodes in place, puts their blocks, and appends their pairs.
-func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byte) ([]Pair, error) {
+// encode encodes whole nodes in place and puts their blocks. The pairs are valid until the next
+// call.
+func (l *levelEncoder) encode(ctx context.Context, plaintext []byte) ([]Pair, error) {
+	l.pairs = l.pairs[:0]
 	var keys, references [hashedAtOnce][32]byte
 	var nodes [hashedAtOnce][]byte
 	for part := range slices.Chunk(plaintext, hashedAtOnce*int(l.size)) {
@@ -42,7 +45,7 @@ func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byt
 		}
 		encodeNodes(keys[:n], references[:n], nodes[:n], (*[32]byte)(l.secret), l.level)
 		for i, block := range nodes[:n] {
-			pairs = append(pairs, Pair{references[i], keys[i]})
+			l.pairs = append(l.pairs, Pair{references[i], keys[i]})
 			if l.sink == nil {
 				continue
 			}
@@ -51,7 +54,7 @@ func (l *levelEncoder) encode(ctx context.Context, pairs []Pair, plaintext []byt
 			}
 		}
 	}
-	return pairs, nil
+	return l.pairs, nil
 }
 
 // encodeNodes makes blocks of nodes of a level, in place.
@@ -74,7 +77,6 @@ type treeBuilder struct {
 type treeLevel struct {
 	pairs []byte
 	nodes levelEncoder // of the next level
-	made  []Pair
 }
 
 // add takes the pairs of the next nodes at the given level, level 0 being the leaves.
@@ -100,11 +102,10 @@ func (t *treeBuilder) flush(ctx context.Context, level int) error {
 	l := &t.levels[level]
 	plaintext := append(l.pairs, zeroBlock[:-len(l.pairs)&(int(t.size)-1)]...)
 	l.pairs = plaintext[:0]
-	made, err := l.nodes.encode(ctx, l.made[:0], plaintext)
+	made, err := l.nodes.encode(ctx, plaintext)
 	if err != nil {
 		return err
 	}
-	l.made = made
 	return t.add(ctx, level+1, made)
 }
 

@@ -134,7 +134,6 @@ func readFull(r io.Reader, b []byte) (n int, ended bool, err error) {
 type leafEncoder struct {
 	levelEncoder
 	buffer []byte // for a turn
-	pairs  []Pair
 	told   func(first int64, pairs []Pair)
 }
 
@@ -145,14 +144,13 @@ func newLeafEncoder(sink Sink, size BlockSize, options EncodeOptions) *leafEncod
 	return &leafEncoder{levelEncoder: levelEncoder{size: size, secret: &options.Secret, sink: sink}, told: options.Leaves}
 }
 
-// encode encodes the whole leaves of a turn in place. The pairs are valid until the next call.
+// encode does so with the whole leaves of a turn, and tells their pairs.
 func (l *leafEncoder) encode(ctx context.Context, number int64, plaintext []byte) ([]Pair, error) {
-	var err error
-	l.pairs, err = l.levelEncoder.encode(ctx, l.pairs[:0], plaintext)
+	pairs, err := l.levelEncoder.encode(ctx, plaintext)
 	if err == nil && l.told != nil {
-		l.told(number*int64(turn/l.size), l.pairs)
+		l.told(number*int64(turn/l.size), pairs)
 	}
-	return l.pairs, err
+	return pairs, err
 }
 
 // turns is one Encode on several cores: turns are read one after the other, and encoded by as many

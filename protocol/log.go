@@ -36,9 +36,8 @@ type Log struct {
 
 // A message is one line or more.
 type message struct {
-	key    uint64 // whoever shows it does so once; 0 is always
-	prefix string
-	text   string
+	key  uint64 // whoever shows it does so once; 0 is always
+	text string
 }
 
 // A LogStyle says how a [Log] looks.
@@ -92,7 +91,7 @@ func (l *Log) first(key uint64) bool {
 }
 
 func (l *Log) say(key uint64, kind, format string, a ...any) {
-	m := message{key, l.style.Program + ": " + kind, l.oneLine(fmt.Sprintf(format, a...)) + "\n"}
+	m := message{key, l.style.Program + ": " + kind + l.oneLine(fmt.Sprintf(format, a...)) + "\n"}
 	l = l.lock()
 	defer l.mu.Unlock()
 	l.put(m)
@@ -116,12 +115,12 @@ func (l *Log) put(m message) {
 	if m.key != 0 && !l.first(m.key) {
 		return
 	}
-	switch size := len(m.prefix) + len(m.text); {
+	switch {
 	case !l.held:
 		l.endLine()
-		io.WriteString(l.w, m.prefix+m.text)
-	case l.bytes+size <= maxHeld:
-		l.bytes += size
+		io.WriteString(l.w, m.text)
+	case l.bytes+len(m.text) <= maxHeld:
+		l.bytes += len(m.text)
 		l.kept = append(l.kept, m)
 	}
 }
