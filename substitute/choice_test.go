@@ -4,6 +4,7 @@ package substitute_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -128,7 +129,7 @@ func TestChoice(t *testing.T) {
 				})
 				blocks := newMemoryBlocks(t, all, v.pace)
 				s, log := n.with(key, server)
-				s.Blocks, s.Policy, s.Verbose = blocks, v.policy, true
+				s.Blocks, s.Policy, s.Verbose = blocks, cmp.Or(v.policy, substitute.Fastest), true
 				know(s, server, v.server)
 				known := s.State.Get(server).Rate
 				s.StoreSpeed = func() substitute.Speed { return v.store }

@@ -4,6 +4,7 @@ package substitute_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -106,7 +107,7 @@ func TestRewritten(t *testing.T) {
 				}
 				for attempt := range 2 {
 					s, log := n.with(key, server.url)
-					s.StoreDir, s.Policy, s.Reuse = store, test.policy, finder
+					s.StoreDir, s.Policy, s.Reuse = store, cmp.Or(test.policy, substitute.Fastest), finder
 					outcome := s.Substitute(t.Context(), want.StorePath, want.StorePath)
 					if outcome.Status != substitute.Success {
 						t.Fatalf("status %d:\n%s", outcome.Status, log)
@@ -242,7 +243,7 @@ func TestLeaves(t *testing.T) {
 					place := want.StorePath
 					blocks.after = test.most
 					s, log := n.with(key, server.url)
-					s.StoreDir, s.Policy, s.Reuse, s.UnsignedCapabilities, s.Verbose, s.StoreSpeed = store, test.policy, finder, true, true, test.speed
+					s.StoreDir, s.Policy, s.Reuse, s.UnsignedCapabilities, s.Verbose, s.StoreSpeed = store, cmp.Or(test.policy, substitute.Fastest), finder, true, true, test.speed
 					s.Blocks = fetch.Within(blocks, eris.Reference{}, func(n int) { fetched.Add(int64(n)) })
 					var outcome substitute.Outcome
 					if test.ahead {
@@ -398,7 +399,7 @@ func TestDelta(t *testing.T) {
 					test.change(store, server.texts)
 				}
 				s, log := n.with(key, url)
-				s.StoreDir, s.Policy, s.UnsignedCapabilities = store, test.policy, test.unsigned
+				s.StoreDir, s.Policy, s.UnsignedCapabilities = store, cmp.Or(test.policy, substitute.Fastest), test.unsigned
 				s.Blocks = newMemoryBlocks(t, blocks, 0)
 				know(s, url, substitute.Speed{Rate: rate})
 				if test.half {

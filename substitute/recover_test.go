@@ -713,7 +713,7 @@ func TestBlocksOfSecondServer(t *testing.T) {
 		s.Policy, s.Blocks = policy, f.blocks
 		f.restore(t, s, substitute.Success, log)
 		if nars.Load() > 0 {
-			t.Errorf("policy %d: a nar was fetched: %s", policy, log)
+			t.Errorf("policy %s: a nar was fetched: %s", policy, log)
 		}
 	}
 }

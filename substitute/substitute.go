@@ -14,6 +14,7 @@
 package substitute
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -71,7 +72,7 @@ type Config struct {
 	Window func() fetch.Window
 	// Limiter bounds the bytes of nars; nil is no limit.
 	Limiter *ratelimit.Limiter
-	// Policy tells what is tried first.
+	// Policy tells what is tried first; empty is Fastest.
 	Policy Policy
 	// UnsignedCapabilities allows the use of read capabilities that no signature covers. What they
 	// denote is checked all the same; they decide what is fetched, but not what is restored.
@@ -104,22 +105,22 @@ type Config struct {
 	Now func() time.Time
 }
 
-// A Policy is the order in which the ways to get an item are tried.
-type Policy uint8
+// A Policy is the order in which the ways to get an item are tried, by its name in settings.
+type Policy string
 
 // The policies.
 const (
 	// Fastest compares what is known of the stores and the servers, and of the blocks that are
 	// there already, and tries first what should take less time.
-	Fastest Policy = iota
+	Fastest Policy = "fastest"
 	// ERISFirst tries blocks before nars.
-	ERISFirst
+	ERISFirst Policy = "eris-first"
 	// HTTPFirst tries nars before blocks.
-	HTTPFirst
+	HTTPFirst Policy = "http-first"
 	// ERISOnly uses blocks alone.
-	ERISOnly
+	ERISOnly Policy = "eris-only"
 	// HTTPOnly uses nars alone.
-	HTTPOnly
+	HTTPOnly Policy = "http-only"
 )
 
 // A Substituter answers the daemon's questions. Its methods are not safe for concurrent use: there
@@ -138,6 +139,7 @@ func New(c Config) *Substituter {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	c.Policy = cmp.Or(c.Policy, Fastest)
 	if c.State == nil {
 		c.State = sourcestate.Open("")
 	}

@@ -456,7 +456,7 @@ func (d *doctor) examineStores(reports []storeReport) {
 	for _, url := range urls {
 		d.examineSocket(url)
 	}
-	if policy, _ := d.Policy(); len(reports) == 0 && len(urls) > 0 && policy != substitute.HTTPOnly {
+	if len(reports) == 0 && len(urls) > 0 && d.Policy != substitute.HTTPOnly {
 		d.ill("sudo editor "+page.Quote(settings.FileName()), "block stores", "none of them can be opened")
 	}
 	for _, r := range reports {

@@ -134,8 +134,7 @@ func forItems(
 ) (worst message.Status) {
 	shown := map[string]bool{}
 	for _, text := range session.Names(items) {
-		e := explanation{keys: s.KeysFile()}
-		e.policy, _ = s.Policy() // which was right when it was loaded
+		e := explanation{keys: s.KeysFile(), policy: s.Policy}
 		item, err := s.FindItem(ctx, sub, text)
 		if err == nil && shown[item] {
 			continue

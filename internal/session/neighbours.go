@@ -42,7 +42,6 @@ type neighbours struct {
 // looksAround reports whether stores of the local network are used: not where the daemon was told
 // not to discover servers, or the settings say so.
 func (s *Settings) looksAround() bool {
-	policy, _ := s.Policy()
 	wanted := true
 	if told, ok := s.options["discover"]; ok {
 		wanted = told == "true"
@@ -50,7 +49,7 @@ func (s *Settings) looksAround() bool {
 	if s.file.DiscoverStores != nil {
 		wanted = *s.file.DiscoverStores
 	}
-	return wanted && s.stores == "" && !settings.NoStores("", s.file) && policy != substitute.HTTPOnly
+	return wanted && s.stores == "" && !settings.NoStores("", s.file) && s.Policy != substitute.HTTPOnly
 }
 
 // neighbours returns the stores of the local network, and looks for them if that is due.

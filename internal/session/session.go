@@ -110,7 +110,6 @@ func (s *Settings) Session(query bool) *Session { return s.session(query, s.log)
 
 // session is Session with another log for what goes on in it.
 func (s *Settings) session(query bool, log *protocol.Log) *Session {
-	policy, _ := s.Policy() // which read has looked at
 	path := s.inCache("sources")
 	if query {
 		path = "" // which learns nothing about them
@@ -122,7 +121,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		narConnections = 0 // half of all
 	}
 	result.Substituter = substitute.New(substitute.Config{
-		Policy:               policy,
+		Policy:               s.Policy,
 		Limiter:              limiter,
 		State:                sourcestate.Open(path),
 		Verbose:              s.verbose || s.file.Verbose,
@@ -160,7 +159,7 @@ func (s *Settings) session(query bool, log *protocol.Log) *Session {
 		urls = append(slices.Clip(urls), result.found...)
 		result.Failed = func(format string, a ...any) { s.failed = fmt.Sprintf(format, a...) }
 	}
-	if policy != substitute.HTTPOnly && len(urls) > 0 {
+	if s.Policy != substitute.HTTPOnly && len(urls) > 0 {
 		b, err := s.openBlocks(urls, result.State, limiter, log)
 		if err != nil {
 			s.log.Warnf("%v", err)

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"math/rand/v2"
 	"net/url"
 	"os"
@@ -50,7 +49,7 @@ type Settings struct {
 	Unauthorised   bool  // signatures do not count
 	Wrong          error // what is wrong with the configuration file; it counts as if it were not there
 	stores         string
-	policy         string
+	Policy         substitute.Policy
 	limitRate      int64 // bytes per second; 0 is no limit
 	verbose        bool
 
@@ -79,8 +78,7 @@ func (s *Settings) Flags(f *pflag.FlagSet) {
 	f.StringVar(&s.cacheDirectory, "cache-dir", "", "keep narinfos, blocks and what is known of stores in `DIRECTORY`; \"none\" keeps nothing (default: see the setting cache-directory)")
 	f.StringVar(&s.stores, "eris-store-url", "", "fetch blocks from the stores with these `URLS`, separated by spaces; \"none\" is none (default: $ERIS_STORE_URL, or the setting eris-stores)")
 	f.Func("policy", "what is tried in which `ORDER`: fastest, eris-first, http-first, eris-only or http-only (default: the setting policy)", func(text string) (err error) {
-		s.policy = text
-		_, err = s.Policy()
+		s.Policy, err = policyOf(text)
 		return err
 	})
 	f.Func("limit-rate", "fetch at most `RATE` bytes per second, like 500K or 2MiB, over the network (default: the setting limit-rate)", bytesize.Set(&s.limitRate, bytesize.ParseRate))
@@ -113,15 +111,15 @@ func (s *Settings) read() {
 	if strings.EqualFold(os.Getenv("GUIX_ALLOW_UNAUTHENTICATED_SUBSTITUTES"), "yes") {
 		s.Unauthorised = true
 	}
-	if s.policy == "" {
-		s.policy = s.file.Policy
+	if s.Policy == "" {
+		policy, err := policyOf(s.file.Policy)
+		if err != nil {
+			s.Wrong = errors.Join(s.Wrong, fmt.Errorf("%s: %w", settings.FileName(), err))
+		}
+		s.Policy = cmp.Or(policy, substitute.Fastest)
 	}
 	if s.limitRate == 0 {
 		s.limitRate, _ = bytesize.ParseRate(s.file.LimitRate) // nothing is no limit
-	}
-	if _, err := s.Policy(); err != nil {
-		s.Wrong = errors.Join(s.Wrong, fmt.Errorf("%s: %w", settings.FileName(), err))
-		s.policy = settings.Default().Policy
 	}
 	if s.Wrong != nil {
 		s.log.Warnf("%v", s.Wrong)
@@ -184,24 +182,15 @@ func (s *Settings) Adopt(options string) {
 
 func silent() *protocol.Log { return protocol.NewLog(io.Discard, protocol.LogStyle{}) }
 
-var policies = map[string]substitute.Policy{
-	"fastest":    substitute.Fastest,
-	"eris-first": substitute.ERISFirst,
-	"http-first": substitute.HTTPFirst,
-	"eris-only":  substitute.ERISOnly,
-	"http-only":  substitute.HTTPOnly,
-}
+// Policies are the names of policies.
+var Policies = []string{"eris-first", "eris-only", "fastest", "http-first", "http-only"}
 
-// Policies returns the words for policies, in the order of the alphabet.
-func Policies() []string { return slices.Sorted(maps.Keys(policies)) }
-
-// Policy returns the policy, and an error if the settings have a word for it that is not known.
-func (s *Settings) Policy() (substitute.Policy, error) {
-	policy, ok := policies[cmp.Or(s.policy, "fastest")]
-	if !ok {
-		return policy, errors.New(message.Unknown("policy", s.policy, Policies()))
+// policyOf returns the policy of a name, of which none is none.
+func policyOf(name string) (substitute.Policy, error) {
+	if name != "" && !slices.Contains(Policies, name) {
+		return "", errors.New(message.Unknown("policy", name, Policies))
 	}
-	return policy, nil
+	return substitute.Policy(name), nil
 }
 
 // CheckURLs returns an error if the options for servers and stores have something that is no URL.
