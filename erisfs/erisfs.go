@@ -85,7 +85,7 @@ var ErrNotRepresentable = errors.New("not representable in ERIS-FS")
 
 // order puts the entries, which begin at the given places of text, in NAR order, in which a path
 // that is a prefix of others stands directly before them, so that conflicts are between neighbours.
-// It returns the number of directories below the root that the paths imply.
+// No path is there twice. It returns the number of directories below the root that the paths imply.
 func order(text []byte, begin []uint32) (directories uint64, err error) {
 	slices.SortFunc(begin, func(a, b uint32) int {
 		c, _, _ := compareKeys(text, int(a), int(b))
@@ -95,14 +95,10 @@ func order(text []byte, begin []uint32) (directories uint64, err error) {
 		names, _ := knownHead(text, int(b))
 		shared := 0
 		if i > 0 {
-			c, common, within := compareKeys(text, int(begin[i-1]), int(b))
-			if c == 0 || within {
+			_, common, within := compareKeys(text, int(begin[i-1]), int(b))
+			if within {
 				x := Index{text: text, begin: begin}
-				a, b := x.Entry(i-1).Path, x.Entry(i).Path
-				if c == 0 {
-					return 0, fmt.Errorf("path %.300q twice", a)
-				}
-				return 0, fmt.Errorf("path %.300q is in %.300q, which is no directory", b, a)
+				return 0, fmt.Errorf("path %.300q is in %.300q, which is no directory", x.Entry(i).Path, x.Entry(i-1).Path)
 			}
 			shared = common
 		}

@@ -43,7 +43,6 @@ type Tree struct {
 	keys     map[int][]eris.Key // of the leaves of files that it has in part, by entry
 	contents nar.Feeder         // of the file under way, if it comes from there
 	done     func() bool
-	file     bool // a Regular is under way
 }
 
 // Nodes returns the tree of the index. The window bounds what is in flight; no more than
@@ -91,14 +90,14 @@ func (t *Tree) Next() (nar.Node, error) {
 	if !ok {
 		return nar.Node{}, io.EOF
 	}
-	t.file = n.Kind == nar.Regular
 	switch {
-	case t.file && t.base != nil && t.local[i].whole:
+	case n.Kind != nar.Regular:
+	case t.base != nil && t.local[i].whole:
 		node, contents, done, err := t.base.File(t.index.Entry(i).Path, !t.local[i].hashes)
 		n.Size, n.Same, n.Unique = node.Size, node.Same, node.Unique
 		t.contents, t.done = contents, done
 		return n, err
-	case t.file:
+	default:
 		size, err := t.sequence.Next()
 		if err != nil {
 			return n, err
@@ -151,9 +150,6 @@ func (x *Index) nodes() iter.Seq2[int, nar.Node] {
 
 // Contents implements [nar.Nodes].
 func (t *Tree) Contents() (nar.Chunk, error) {
-	if !t.file {
-		return nar.Chunk{}, io.EOF
-	}
 	if t.contents != nil {
 		return t.contents.Next()
 	}

@@ -364,7 +364,8 @@ func (e *explanation) show(p *page.Page) {
 	if e.Availability != substitute.Available {
 		m = page.Bad
 	}
-	p.Say(0, m, "%s.", capitalised(message.Text(e.Reason)))
+	reason := message.Text(e.Reason)
+	p.Say(0, m, "%s.", strings.ToUpper(reason[:1])+reason[1:])
 	e.mend(p)
 }
 
@@ -548,11 +549,4 @@ func fingerprint(key string) string {
 		return "unknown"
 	}
 	return "#" + number[:min(16, len(number))] + "…"
-}
-
-func capitalised(text string) string {
-	if text == "" {
-		return text
-	}
-	return strings.ToUpper(text[:1]) + text[1:]
 }
