@@ -228,11 +228,8 @@ func clean(store, session string, how int) {
 		return
 	}
 	defer around.Close()
-	names, _ := around.Readdirnames(-1)
-	for _, name := range names {
-		if session != "*" && session != name {
-			continue
-		}
+	sessions, _ := fs.Glob(os.DirFS(around.Name()), session)
+	for _, name := range sessions {
 		restore.RemoveUnused(filepath.Join(around.Name(), name), how)
 	}
 	os.Remove(around.Name())
