@@ -296,12 +296,8 @@ func (l *lines) next() (field, error) {
 
 // startsField reports whether the first character of a line makes it a field.
 func startsField(line string) bool {
-	c := line[0]
-	if c < utf8.RuneSelf {
-		return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '%'
-	}
 	r, _ := utf8.DecodeRuneInString(line)
-	return unicode.IsLower(r) || unicode.IsUpper(r)
+	return unicode.IsLower(r) || unicode.IsUpper(r) || r == '%'
 }
 
 // continuation takes the lines that continue f, and comments among them.

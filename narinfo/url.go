@@ -44,12 +44,7 @@ const maxURLLength = 4096
 
 // badURLByte returns the offset of the first byte that no URL may contain, or −1.
 func badURLByte(s string) int {
-	for i := range len(s) {
-		if s[i] <= ' ' || s[i] >= 0x7f {
-			return i
-		}
-	}
-	return -1
+	return strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
 }
 
 // PreferredURLs returns the URLs that can be used, in the order of the time that decompression

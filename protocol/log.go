@@ -184,11 +184,7 @@ func cut(s string, most int) string {
 	if len(s) <= most {
 		return s
 	}
-	end := most - len("...")
-	for !utf8.RuneStart(s[end]) {
-		end--
-	}
-	return s[:end] + "..."
+	return strings.ToValidUTF8(s[:most-len("...")], "") + "..."
 }
 
 // endLine ends a progress line; the caller holds the lock.
