@@ -27,12 +27,12 @@ import (
 // rawFile serves the contents of a file that is known by its hash.
 func (s *Server) rawFile(w http.ResponseWriter, r *http.Request) {
 	name := r.PathValue("name")
-	digest, err := nixbase32.DecodeString(r.PathValue("hash"))
-	if err != nil || len(digest) != sha256.Size || strings.Contains(name, "/") {
+	var digest [sha256.Size]byte
+	if err := nixbase32.Decode(digest[:], r.PathValue("hash")); err != nil || strings.Contains(name, "/") {
 		http.NotFound(w, r)
 		return
 	}
-	item, err := s.named(r.Context(), narinfo.FixedOutputName(s.o.StoreDir, name, [sha256.Size]byte(digest)))
+	item, err := s.named(r.Context(), narinfo.FixedOutputName(s.o.StoreDir, name, digest))
 	if err != nil {
 		s.failed(w, r, err)
 		return

@@ -271,8 +271,7 @@ func narinfoName(name string) (hashPart string, ok bool) {
 }
 
 func isHashPart(name string) bool {
-	_, err := nixbase32.DecodeString(name)
-	return err == nil && len(name) == reuse.HashLength
+	return nixbase32.Decode(make([]byte, reuse.HashLength*5/8), name) == nil
 }
 
 // item looks an item up, and completes what is known of it.

@@ -52,18 +52,6 @@ func EncodeToString(src []byte) string {
 	return string(digits)
 }
 
-// DecodeString returns the bytes that s is the nix-base32 notation of.
-//
-// It fails if there is no number of bytes that are written with as many digits, or as [Decode]
-// does.
-func DecodeString(s string) ([]byte, error) {
-	dst := make([]byte, len(s)*5/8)
-	if encodedLen(len(dst)) != len(s) {
-		return nil, fmt.Errorf("nix-base32: no byte string is written with %d digits", len(s))
-	}
-	return dst, Decode(dst, s)
-}
-
 // Decode fills dst with the bytes that s is the nix-base32 notation of.
 //
 // It fails if the length of s is another one than dst needs, if s contains a character that is not

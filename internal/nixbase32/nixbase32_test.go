@@ -29,6 +29,12 @@ func reference(src []byte) string {
 	return string(out)
 }
 
+// decode returns what a text is the notation of.
+func decode(s string) ([]byte, error) {
+	b := make([]byte, len(s)*5/8)
+	return b, nixbase32.Decode(b, s)
+}
+
 func TestKnownAnswers(t *testing.T) {
 	empty, hello := sha256.Sum256(nil), sha256.Sum256([]byte("hello\n"))
 	for want, in := range map[string][]byte{
@@ -42,7 +48,7 @@ func TestKnownAnswers(t *testing.T) {
 		if got := nixbase32.EncodeToString(in); got != want {
 			t.Errorf("%x is written %q, want %q", in, got, want)
 		}
-		if got, err := nixbase32.DecodeString(want); err != nil || !bytes.Equal(got, in) {
+		if got, err := decode(want); err != nil || !bytes.Equal(got, in) {
 			t.Errorf("%q is read as %x, %v, want %x", want, got, err, in)
 		}
 	}
@@ -57,7 +63,7 @@ func TestAgainstDefinition(t *testing.T) {
 				src[i] = byte(rng.Uint32())
 			}
 			want := reference(src)
-			got, err := nixbase32.DecodeString(want)
+			got, err := decode(want)
 			if err != nil || !bytes.Equal(got, src) || nixbase32.EncodeToString(src) != want {
 				t.Fatalf("%x is written %q, want %q, which is read as %x, %v", src, nixbase32.EncodeToString(src), want, got, err)
 			}
@@ -85,7 +91,7 @@ func TestDecodeRejects(t *testing.T) {
 		{"excess bits in a digest", "2" + good[1:], "excess bits"},
 		{"excess bits in a byte", "80", "excess bits"},
 	} {
-		if _, err := nixbase32.DecodeString(tt.in); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if _, err := decode(tt.in); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, want an error that says %q", tt.name, err, tt.want)
 		}
 	}
@@ -103,7 +109,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add("zz")
 	f.Add("éé")
 	f.Fuzz(func(t *testing.T, s string) {
-		b, err := nixbase32.DecodeString(s)
+		b, err := decode(s)
 		if err != nil {
 			return
 		}
