@@ -146,9 +146,6 @@ func (p *parser) field(f field) error {
 		if len(n.URLs) == MaxURLs {
 			return fmt.Errorf("more than %d URLs", MaxURLs)
 		}
-		if n.URLs == nil {
-			n.URLs = make([]URL, 0, 4)
-		}
 		n.URLs = append(n.URLs, URL{URL: f.value})
 	case "Compression":
 		p.compressions = append(p.compressions, f.value)

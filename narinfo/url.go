@@ -19,7 +19,7 @@ type URL struct {
 	// Compression is the name of the method by which the nar is compressed, empty if none was
 	// given, in which case the URL cannot be used.
 	Compression string
-	// FileSize is the length in bytes of what the URL yields, if SizeKnown.
+	// FileSize is the length in bytes of what the URL yields, if SizeKnown; else it is 0.
 	FileSize  uint64
 	SizeKnown bool
 }
@@ -97,13 +97,4 @@ func hasScheme(s string) bool {
 		}
 	}
 	return false
-}
-
-// DownloadSize returns the size in bytes of what the first of [Narinfo.PreferredURLs] names; 0 if
-// it is not known.
-func (n *Narinfo) DownloadSize() uint64 {
-	if urls := n.PreferredURLs(); len(urls) > 0 && urls[0].SizeKnown {
-		return urls[0].FileSize
-	}
-	return 0
 }

@@ -267,7 +267,7 @@ func (s *Substituter) Info(ctx context.Context, items []string) []protocol.Info 
 			continue
 		}
 		n := f.all[0].narinfo
-		r := protocol.Info{Path: f.path(), References: s.references(n), NarSize: n.NarSize, DownloadSize: n.DownloadSize()}
+		r := protocol.Info{Path: f.path(), References: s.references(n), NarSize: n.NarSize, DownloadSize: n.PreferredURLs()[0].FileSize}
 		if n.Deriver != "" {
 			r.Deriver = s.StoreDir + "/" + n.Deriver
 		}
