@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -54,12 +53,6 @@ type Options struct {
 	// many fail. It must not wait.
 	AtOnce  func() int
 	Workers int // how many large ones; of others as many as take the same memory
-	// Before is what was counted before: what this helper has staged, and used of that and of what
-	// other helpers of the session have staged.
-	Before sourcestate.Ahead
-	// Counted, unless it is nil, is called with what has been counted when that has changed. It
-	// must not wait, nor call methods of the Ahead.
-	Counted func(sourcestate.Ahead)
 }
 
 // Ahead substitutes items, and those that come next ahead of the daemon. Its methods are to be
@@ -86,8 +79,7 @@ type Ahead struct {
 	request  bool               // one is under way
 	requests int                // so far
 	poll     *time.Timer        // while one is under way
-	counts   sourcestate.Ahead
-	err      error // why nothing is staged any more
+	err      error              // why nothing is staged any more
 }
 
 // staged is an item that is staged or being staged.
@@ -113,7 +105,7 @@ func key(item substitute.Item) string {
 
 // New returns an Ahead, which must be closed.
 func New(restorer *substitute.Substituter, o Options) *Ahead {
-	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, counts: o.Before, limit: atOnceAtFirst, step: 1}
+	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	a.plan = newPlan(exists)
 	a.stage.store = o.StoreDir
@@ -226,16 +218,8 @@ var errFull = errors.New("the file system of the store is full")
 func (a *Ahead) used(item substitute.Item) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.count(&a.counts.Used, &a.counts.UsedBytes, item)
-}
-
-// count counts an item. The caller holds the lock.
-func (a *Ahead) count(items, bytes *int64, item substitute.Item) {
-	*items++
-	*bytes += int64(item.NarSize)
-	if a.o.Counted != nil {
-		a.o.Counted(a.counts)
-	}
+	c := a.o.Session.counts
+	c.add(&c.Used, &c.UsedBytes, item)
 }
 
 // end ends a request. The daemon may kill this process any time now, and nothing should be left.
@@ -428,7 +412,8 @@ func (a *Ahead) restore(ctx context.Context, s *staged, c *claim) {
 		if a.good++; a.good >= a.step {
 			a.limit, a.good = min(a.limit+1, a.o.AtOnce()), 0
 		}
-		a.count(&a.counts.Staged, &a.counts.StagedBytes, s.item)
+		c := a.o.Session.counts
+		c.add(&c.Staged, &c.StagedBytes, s.item)
 		a.plan.again()
 	} else {
 		// What was begun together fails together: that counts once.

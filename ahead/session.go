@@ -29,7 +29,8 @@ const maxSession = 2 << 20
 //
 // It is safe for concurrent use.
 type Session struct {
-	path string
+	path   string
+	counts *counts
 
 	mu     sync.Mutex
 	noted  map[string]bool
@@ -45,11 +46,13 @@ func SessionOf(directory string, process int) (*Session, error) {
 		return nil, err
 	}
 	name := fmt.Sprintf("%d-%s", process, begun)
-	return (&Session{path: filepath.Join(directory, name)}).Anew(), nil
+	return (&Session{path: filepath.Join(directory, name), counts: &counts{}}).Anew(), nil
 }
 
-// Anew returns the same session as if nothing had been read or noted yet.
-func (s *Session) Anew() *Session { return &Session{path: s.path, noted: map[string]bool{}} }
+// Anew returns the same session as if nothing had been read or noted yet. What is counted goes on.
+func (s *Session) Anew() *Session {
+	return &Session{path: s.path, counts: s.counts, noted: map[string]bool{}}
+}
 
 // startOf returns when a process began, in ticks since the machine did (proc_pid_stat(5), field
 // 22): with it a process has a name that no other will have.

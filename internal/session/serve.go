@@ -364,7 +364,7 @@ const CleanOption = "--clean"
 // ended.
 func (s *Settings) guard() {
 	if session := s.daemonSession(); session != nil {
-		s.tell = session.Guard(s.Store, "substitute", CleanOption, s.inCache("sources"))
+		session.Guard(s.Store, "substitute", CleanOption, s.inCache("sources"))
 	}
 }
 

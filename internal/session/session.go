@@ -332,12 +332,6 @@ func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 			return s.narConnections() - 1 // one is left for what the daemon waits for
 		},
 		Workers: min(max(leastAheadWorkers, runtime.NumCPU()), mostAheadWorkers),
-		Before:  s.counted,
-		Counted: func(t sourcestate.Ahead) {
-			if s.counted = t; s.tell != nil {
-				s.tell(t)
-			}
-		},
 	})
 }
 

@@ -31,7 +31,6 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/page"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/seed"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/sourcestate"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/substitute"
 )
@@ -60,10 +59,8 @@ type Settings struct {
 	log     *protocol.Log
 	kept    string // the directory of what is kept for other processes; empty if nothing is
 	near    *neighbours
-	failed  string                  // why the last item could not be restored
-	tell    func(sourcestate.Ahead) // the guard what was counted; nil if there is none
-	counted sourcestate.Ahead       // ahead of the daemon
-	seeding *seed.Seeds             // of all sessions, for it may take long to close; nil is none
+	failed  string      // why the last item could not be restored
+	seeding *seed.Seeds // of all sessions, for it may take long to close; nil is none
 
 	keys     *acl.ACL // when they were read last
 	keysFile files.Identity
