@@ -19,28 +19,64 @@ const interval = 200 * time.Millisecond
 // maxURL bounds what is shown of a URL, in bytes.
 const maxURL = 1500
 
+// A meter draws how much of something there is, now and then. Add may be called at any time from
+// any goroutine; the other methods from one at a time.
+type meter struct {
+	log   *Log
+	n     atomic.Int64
+	shown int64  // of these; the log is locked
+	stop  func() // ends the goroutine that draws; nil if there is none
+}
+
+// Add says that there are n more.
+func (m *meter) Add(n int) { m.n.Add(int64(n)) }
+
+// Pause keeps the display as it is.
+func (m *meter) Pause() {
+	if m.stop != nil {
+		m.stop()
+		m.stop = nil
+	}
+}
+
+// draw has show draw until Pause. It gets the log locked.
+func (m *meter) draw(show func(l *Log)) {
+	done := make(chan struct{})
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		ticker := time.NewTicker(interval)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ticker.C:
+				l := m.log.lock()
+				show(l)
+				l.mu.Unlock()
+			case <-done:
+				return
+			}
+		}
+	})
+	m.stop = func() { close(done); wait.Wait() }
+}
+
 // A Download shows the progress of one "substitute" request, over all sources that are tried for
 // it: clients of the daemon must see the success of an item exactly once, and a start for each way
-// that is tried. Transferred may be called at any time from any goroutine; the other methods from
-// one at a time.
+// that is tried. Bytes are added to those of the current source.
 type Download struct {
-	log  *Log
+	meter
 	item string
 
-	started     bool
-	url         string
-	size        int64 // of the current source, negative if unknown
-	begin       time.Time
-	transferred atomic.Int64
-	shown       int64
-
-	stop func() // ends the goroutine that draws
+	started bool
+	url     string
+	size    int64 // of the current source, negative if unknown
+	begin   time.Time
 }
 
 // Download starts showing a download. item is the destination that the daemon named in its request.
 // Finish must be called at the end.
 func (l *Log) Download(item string) *Download {
-	return &Download{log: l, item: l.oneLine(item)}
+	return &Download{meter: meter{log: l}, item: l.oneLine(item)}
 }
 
 // From says that the bytes come from url from now on, and how many there will be; a negative size
@@ -49,7 +85,7 @@ func (d *Download) From(url string, size int64) {
 	d.Pause()
 	url = cut(strings.ReplaceAll(d.log.oneLine(url), " ", "%20"), maxURL)
 	d.url, d.size, d.begin = url, size, time.Now()
-	d.transferred.Store(0)
+	d.n.Store(0)
 	d.shown = -1
 	l := d.log.lock()
 	text := "Downloading " + url + "...\n"
@@ -62,18 +98,7 @@ func (d *Download) From(url string, size int64) {
 	d.started = true
 	d.show(l)
 	l.mu.Unlock()
-	d.stop = d.log.repeat(d.show)
-}
-
-// Transferred adds n bytes to what has come from the current source.
-func (d *Download) Transferred(n int) { d.transferred.Add(int64(n)) }
-
-// Pause keeps the display as it is until From or Finish.
-func (d *Download) Pause() {
-	if d.stop != nil {
-		d.stop()
-		d.stop = nil
-	}
+	d.draw(d.show)
 }
 
 // Finish ends the display, before the reply is sent. With success it says that the whole item has
@@ -91,9 +116,9 @@ func (d *Download) Finish(success bool) {
 	switch {
 	case l.style.Traces && success:
 		if d.size < 0 {
-			d.size = d.transferred.Load()
+			d.size = d.n.Load()
 		}
-		d.transferred.Store(d.size)
+		d.n.Store(d.size)
 		d.show(l)
 		l.bar = false // it ends behind the event
 		l.put(message{text: fmt.Sprintf("@ download-succeeded %s %s %d\n\n", d.item, d.url, d.size)})
@@ -113,7 +138,7 @@ func (d *Download) sizeField() string {
 
 // show reports what has been transferred to l, which is locked, if that is news.
 func (d *Download) show(l *Log) {
-	n := d.transferred.Load()
+	n := d.n.Load()
 	if n == d.shown || l.held {
 		return
 	}
@@ -187,37 +212,30 @@ func bar(percent float64, unicode bool) string {
 	return "▕" + strings.Repeat("█", filled) + strings.Repeat(" ", width-filled) + "▏"
 }
 
-// A Lookup shows the progress of asking one server for narinfos. Its methods are safe for
-// concurrent use.
+// A Lookup shows the progress of asking one server for narinfos, of which the answers are added.
 type Lookup struct {
-	log   *Log
+	meter
 	url   string
 	total int
-	done  atomic.Int64
-	shown int64 // of these; the log is locked
-	stop  func()
 }
 
 // Lookup starts showing that a server is asked about total items over the network. End must be
 // called at the end. Of the lookups of single items only the first one and those that take long
 // have a line: clients ask for hundreds of them, one after the other.
 func (l *Log) Lookup(url string, total int) *Lookup {
-	p := &Lookup{log: l, url: cut(l.oneLine(url), maxURL), total: total, shown: -1}
+	p := &Lookup{meter: meter{log: l, shown: -1}, url: cut(l.oneLine(url), maxURL), total: total}
 	shown := l.lock()
 	if shown.first(l.key("looking on "+p.url)) || total > 1 {
 		p.show(shown)
 	}
 	shown.mu.Unlock()
-	p.stop = l.repeat(p.show)
+	p.draw(p.show)
 	return p
 }
 
-// Answered says that the answer for one item has come.
-func (p *Lookup) Answered() { p.done.Add(1) }
-
 // End ends the line.
 func (p *Lookup) End() {
-	p.stop()
+	p.Pause()
 	l := p.log.lock()
 	defer l.mu.Unlock()
 	if p.shown >= 0 {
@@ -228,7 +246,7 @@ func (p *Lookup) End() {
 
 // show draws the line in l, which is locked, if there is news.
 func (p *Lookup) show(l *Log) {
-	n := p.done.Load()
+	n := p.n.Load()
 	if n == p.shown {
 		return
 	}
@@ -241,19 +259,13 @@ func (p *Lookup) show(l *Log) {
 const waitingAfter = 2 * time.Second
 
 // A Transfer shows the progress of what a person has asked for, in one line that is drawn over and
-// over, and says in another what came of it. Add and Total may be called at any time from any
-// goroutine.
+// over, and says in another what came of it. Total may be called when Add may be.
 type Transfer struct {
-	log        *Log
+	meter
 	name, from string
 	begin      time.Time
-	total, n   atomic.Int64
-
-	// Of the goroutine that draws:
-	shown   int64
-	changed time.Time // when there was something new
-
-	stop func()
+	total      atomic.Int64
+	changed    time.Time // when there was something new; the log is locked
 }
 
 // Transfer starts showing a transfer of bytes that are called name, and come from, or go to, what
@@ -261,21 +273,17 @@ type Transfer struct {
 // empty. Done or Stop must be called at the end.
 func (l *Log) Transfer(name, from string) *Transfer {
 	now := time.Now()
-	t := &Transfer{log: l, name: l.oneLine(name), from: l.oneLine(from), begin: now, changed: now}
-	t.stop = l.repeat(t.show)
+	t := &Transfer{meter: meter{log: l}, name: l.oneLine(name), from: l.oneLine(from), begin: now, changed: now}
+	t.draw(t.show)
 	return t
 }
 
 // Total says how many bytes there will be, as far as is known.
 func (t *Transfer) Total(bytes int64) { t.total.Store(bytes) }
 
-// Add says that some bytes have come.
-func (t *Transfer) Add(bytes int) { t.n.Add(int64(bytes)) }
-
 // Stop takes the progress away.
 func (t *Transfer) Stop() {
-	t.stop()
-	t.stop = func() {}
+	t.Pause()
 	l := t.log.lock()
 	defer l.mu.Unlock()
 	if l.line {
@@ -336,25 +344,4 @@ func shownTime(d time.Duration) string {
 		return fmt.Sprintf("%d min %d s", s/60, s%60)
 	}
 	return fmt.Sprintf("%d h %d min", s/3600, s/60%60)
-}
-
-// repeat draws progress now and then until stop is called, by a function that gets the log locked.
-func (l *Log) repeat(show func(l *Log)) (stop func()) {
-	done := make(chan struct{})
-	var wait sync.WaitGroup
-	wait.Go(func() {
-		ticker := time.NewTicker(interval)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-ticker.C:
-				l := l.lock()
-				show(l)
-				l.mu.Unlock()
-			case <-done:
-				return
-			}
-		}
-	})
-	return func() { close(done); wait.Wait() }
 }

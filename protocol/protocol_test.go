@@ -156,8 +156,8 @@ func TestTraces(t *testing.T) {
 	}{
 		"all": {"/s/c-bar", func(d *protocol.Download) {
 			d.From("http://h/nar/c-bar", 20112)
-			d.Transferred(1024)
-			d.Transferred(20112 - 1024)
+			d.Add(1024)
+			d.Add(20112 - 1024)
 			d.Finish(true)
 		}, `@ download-started /s/c-bar http://h/nar/c-bar 20112
 @ download-progress /s/c-bar http://h/nar/c-bar 20112 0
@@ -167,9 +167,9 @@ func TestTraces(t *testing.T) {
 `},
 		"another way, from which clients are told": {"/s/x", func(d *protocol.Download) {
 			d.From("http://one/a b\n@ evil", 10)
-			d.Transferred(4)
+			d.Add(4)
 			d.From("http://two/", -1)
-			d.Transferred(7)
+			d.Add(7)
 			d.Finish(true)
 		}, `@ download-started /s/x http://one/a%20b;%20@%20evil 10
 @ download-progress /s/x http://one/a%20b;%20@%20evil 10 0
@@ -182,7 +182,7 @@ func TestTraces(t *testing.T) {
 `},
 		"not all has been transferred, but it is there": {"/s/y", func(d *protocol.Download) {
 			d.From("u", 100)
-			d.Transferred(60)
+			d.Add(60)
 			d.Finish(true)
 		}, `@ download-started /s/y u 100
 @ download-progress /s/y u 100 0
@@ -202,9 +202,9 @@ func TestTraces(t *testing.T) {
 		}, "@ download-started /s/z u -\n@ download-progress /s/z u - 0\n"},
 		"it appears without anybody asking": {"i", func(d *protocol.Download) {
 			d.From("u", 100)
-			d.Transferred(42)
+			d.Add(42)
 			time.Sleep(time.Second)
-			d.Transferred(1)
+			d.Add(1)
 			d.Finish(true)
 		}, `@ download-started i u 100
 @ download-progress i u 100 0
@@ -232,11 +232,11 @@ func TestMessagesBelowProgress(t *testing.T) {
 		log := protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Traces: true, Columns: 80})
 		d := log.Download("i")
 		d.From("u", 100)
-		d.Transferred(42)
+		d.Add(42)
 		time.Sleep(time.Second)
 		log.Notef("going on after 42 bytes")
 		log.Warnf("cut off")
-		d.Transferred(58)
+		d.Add(58)
 		d.Finish(true)
 		log.Notef("done")
 		want := `@ download-started i u 100
@@ -265,7 +265,7 @@ func testProgressForPeople(t *testing.T) {
 		d := protocol.NewLog(&w, style).Download("/gnu/store/lnqjid21cvqw4c4kh7xnj2ikp2d0qfnb-hello-1.0")
 		d.From(url, size)
 		for ; n > 0; n -= 1 << 30 {
-			d.Transferred(int(min(n, 1<<30)))
+			d.Add(int(min(n, 1<<30)))
 		}
 		d.Finish(success)
 		return strings.Join(w.writes, "")
@@ -309,8 +309,8 @@ func testMessages(t *testing.T) {
 	var w lines
 	log := protocol.NewLog(&w, protocol.LogStyle{Program: "guix substitute", Dynamic: true, Columns: 80})
 	lookup := log.Lookup("http://h", 2)
-	lookup.Answered()
-	lookup.Answered()
+	lookup.Add(1)
+	lookup.Add(1)
 	log.Warnf("%s\n@ download-started x", "evil\x1b[2J")
 	lookup.End()
 	for range 2 {
@@ -318,7 +318,7 @@ func testMessages(t *testing.T) {
 	}
 	slow := log.Lookup("http://h", 1)
 	time.Sleep(time.Second)
-	slow.Answered()
+	slow.Add(1)
 	slow.End()
 	log.Lookup("http://other", 1).End()
 	log.Errorf("bad")
@@ -368,7 +368,7 @@ func TestLogIsText(t *testing.T) {
 		log.Lookup(long, 3).End()
 		d := log.Download("/gnu/store/" + strings.Repeat("y", 1<<20) + "\n@ x")
 		d.From(long, 5)
-		d.Transferred(3)
+		d.Add(3)
 		d.Finish(true)
 		for _, line := range w.writes {
 			if len(line) > 4096+len("é") || !utf8.ValidString(line) || strings.Contains(line, "\n@") {
@@ -429,7 +429,7 @@ func testBetweenRequests(t *testing.T) {
 	defer log.Lookup("u", 2).End()
 	d := log.Download("i")
 	d.From("u", 5)
-	d.Transferred(5)
+	d.Add(5)
 	d.Finish(false)
 	next("Downloading u...\n", "\n")
 	reply()

@@ -170,7 +170,7 @@ func (s *Substituter) fetch(ctx context.Context, server *server, items map[strin
 		it := items[a.Hash].item
 		r := s.received(server, it, a, ahead)
 		if progress != nil {
-			progress.Answered()
+			progress.Add(1)
 		}
 		s.memory.End(memoryKey{server, it.path}, items[a.Hash].pending, true, r)
 		answer(it, r)

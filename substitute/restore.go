@@ -456,7 +456,7 @@ func (a *attempt) countRead(size uint64) {
 func (a *attempt) countShown(n, shown int) {
 	a.got.Add(int64(n))
 	a.j.s.came.Add(int64(n))
-	a.j.progress.Transferred(shown)
+	a.j.progress.Add(shown)
 }
 
 // try restores the item by one way. It returns the length of the archive.
