@@ -19,6 +19,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/session"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/settings"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/setup"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 	"golang.org/x/sys/unix"
 )
 
@@ -124,11 +125,12 @@ func readDaemon(proc string, pid int) *daemonProcess {
 	return d
 }
 
-// options returns what the daemon tells its helpers of its arguments (Guix,
-// nix/nix-daemon/guix-daemon.cc: parse_opt), nothing if there is no daemon.
-func (d *daemonProcess) options() (options string) {
+// options returns what the daemon tells its helpers of its arguments, of which the last one counts
+// (Guix, nix/nix-daemon/guix-daemon.cc: parse_opt), nothing if there is no daemon.
+func (d *daemonProcess) options() protocol.Options {
+	options := protocol.Options{}
 	if d == nil {
-		return ""
+		return options
 	}
 	for i, argument := range d.arguments {
 		switch name, value, here := strings.Cut(argument, "="); name {
@@ -137,9 +139,9 @@ func (d *daemonProcess) options() (options string) {
 			if next := i + 1; !here && next < len(d.arguments) {
 				value = d.arguments[next]
 			}
-			options += "substitute-urls=" + value + "\n"
+			options["substitute-urls"] = value
 		case "--discover":
-			options += "discover=" + strconv.FormatBool(value != "no") + "\n"
+			options["discover"] = strconv.FormatBool(value != "no")
 		}
 	}
 	return options

@@ -4,12 +4,14 @@ package inspect
 
 import (
 	"io/fs"
+	"maps"
 	"os"
 	"strings"
 	"testing"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/protocol"
 )
 
 func TestClock(t *testing.T) {
@@ -49,14 +51,16 @@ func TestCredentials(t *testing.T) {
 
 // The service of Guix System gives the servers as an argument of their own.
 func TestDaemonOptions(t *testing.T) {
-	for arguments, want := range map[string]string{
-		"guix-daemon\x00--substitute-urls=http://a http://b\x00--discover=no\x00": "substitute-urls=http://a http://b\ndiscover=false\n",
-		"guix-daemon\x00--discover\x00--substitute-urls\x00http://a http://b\x00": "discover=true\nsubstitute-urls=http://a http://b\n",
-		"guix-daemon\x00--substitute-urls=\x00http://a\x00":                       "substitute-urls=\n",
-		"guix-daemon\x00--substitute-urls":                                        "substitute-urls=\n",
+	for arguments, want := range map[string]protocol.Options{
+		"guix-daemon\x00--substitute-urls=http://a http://b\x00--discover=no\x00":                                {"substitute-urls": "http://a http://b", "discover": "false"},
+		"guix-daemon\x00--discover\x00--substitute-urls\x00http://a http://b\x00":                                {"substitute-urls": "http://a http://b", "discover": "true"},
+		"guix-daemon\x00--substitute-urls=\x00http://a\x00":                                                      {"substitute-urls": ""},
+		"guix-daemon\x00--substitute-urls":                                                                       {"substitute-urls": ""},
+		"guix-daemon\x00--substitute-urls=http://a\x00--discover\x00--substitute-urls=http://b\x00--discover=no": {"substitute-urls": "http://b", "discover": "false"},
+		"": {},
 	} {
 		d := daemonProcess{arguments: strings.Split(arguments, "\x00")}
-		if got := d.options(); got != want {
+		if got := d.options(); !maps.Equal(got, want) {
 			t.Errorf("%q: %q, want %q", arguments, got, want)
 		}
 	}

@@ -169,11 +169,10 @@ func (s *Settings) LoadQuietly(daemon bool) {
 	s.kept, s.daemon = "", daemon
 }
 
-// Adopt has the options count that a daemon gives to its helpers, as [protocol.ParseOptions] reads
-// them, if there are any.
-func (s *Settings) Adopt(options string) {
-	if options != "" {
-		s.options = protocol.ParseOptions(options)
+// Adopt has the options count that a daemon gives to its helpers, if there are any.
+func (s *Settings) Adopt(options protocol.Options) {
+	if len(options) > 0 {
+		s.options = options
 	}
 }
 
