@@ -17,6 +17,66 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
+// A call is cancelled whenever that is asked for, also before it has begun, and ends once for each
+// use, not before Start has returned.
+func TestCall(t *testing.T) {
+	var c fetch.Call
+	source := &slowStart{Source: sourcetest.NewBackend().Open(1)}
+	defer source.Close()
+	ended := make(chan struct{}, 2)
+	c.Init(source, func() { ended <- struct{}{} })
+	for name, when := range map[string]struct{ before, within, behind bool }{
+		"not": {}, "before": {before: true}, "within": {within: true}, "behind": {behind: true}, "each time": {true, true, true},
+	} {
+		cancel := func(now bool) {
+			if now {
+				c.Cancel()
+			}
+		}
+		source.started = func() {
+			cancel(when.within)
+			if len(ended) != 0 {
+				t.Errorf("%s: it ends before Start has returned", name)
+			}
+		}
+		want := eris.ErrNotFound
+		if source.silent = when.before || when.within || when.behind; source.silent {
+			want = context.Canceled
+		}
+		c.Size, c.Dst = eris.BlockSize1KiB, make([]byte, 0, eris.BlockSize1KiB)
+		cancel(when.before)
+		c.Begin()
+		cancel(when.behind)
+		<-ended
+		c.Cancel()
+		if !errors.Is(c.Err, want) || len(ended) > 0 {
+			t.Errorf("%s: it ends with %v, and %d times more", name, c.Err, len(ended))
+		}
+		c.Reset()
+	}
+}
+
+// slowStart is a source whose Start takes a while, and which is silent if that is asked for.
+type slowStart struct {
+	fetch.Source
+	silent  bool
+	started func()
+}
+
+func (s *slowStart) Start(r *fetch.Request) {
+	if !s.silent {
+		s.Source.Start(r)
+	}
+	s.started()
+}
+
+func (s *slowStart) Cancel(r *fetch.Request) {
+	if s.silent {
+		s.silent = false
+		r.Fail(context.Canceled)
+	}
+}
+
 // A call that does not return must not keep its request from being cancelled, nor write to its
 // memory later; and of requests that are cancelled while they wait for a worker nothing stays.
 func TestWorkersDeaf(t *testing.T) {

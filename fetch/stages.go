@@ -4,19 +4,6 @@ package fetch
 
 import "codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 
-// intercept has done called in place of Done, which must call proceed at its end.
-func (r *Request) intercept(done func(r *Request)) {
-	r.outer = append(r.outer, r.Done)
-	r.Done = done
-}
-
-// proceed calls what intercept has replaced.
-func (r *Request) proceed() {
-	last := len(r.outer) - 1
-	r.Done, r.outer = r.outer[last], r.outer[:last]
-	r.Done(r)
-}
-
 // Within returns a source that says of all requests that the blocks are of the item with a root,
 // and tells how many bytes each block has that has come. Got may be nil; it is called from any
 // goroutine, and must not wait. Closing it closes the source.
@@ -35,7 +22,7 @@ type within struct {
 
 func (w *within) Start(r *Request) {
 	r.Root = w.root
-	r.intercept(w.done)
+	r.outer, r.Done = append(r.outer, r.Done), w.done
 	w.Source.Start(r)
 }
 
@@ -43,5 +30,7 @@ func (w *within) count(r *Request) {
 	if r.Err == nil && w.got != nil {
 		w.got(len(r.Block))
 	}
-	r.proceed()
+	last := len(r.outer) - 1 // others may stand in front of this one
+	r.Done, r.outer = r.outer[last], r.outer[:last]
+	r.Done(r)
 }

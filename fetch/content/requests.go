@@ -24,7 +24,7 @@ const startBatch = 64
 // request is a block that is needed: from the time that it is scheduled until its response has been
 // dealt with.
 type request struct {
-	fetch.Request
+	fetch.Call
 	kind    requestKind
 	content *content
 	level   int
@@ -37,11 +37,6 @@ type request struct {
 	// content.
 	tail   []byte
 	length int64
-
-	// Guarded by the lock of the fetcher. A request is used again only when Start has returned,
-	// too: so Cancel can never meet another use of it.
-	started bool
-	ended   bool
 }
 
 // requestKind tells the uses of a block apart.
@@ -63,17 +58,15 @@ func (f *fetcher) newRequest() *request {
 		return r
 	}
 	r := &request{}
-	r.Done = func(*fetch.Request) { f.responses.Add(r) }
+	r.Init(f.source, func() { f.responses.Add(r) })
 	f.requests = append(f.requests, r)
 	return r
 }
 
-// putRequest takes a request back. Memory that stages of sources have in it is for further use.
+// putRequest takes a request back.
 func (f *fetcher) putRequest(r *request) {
-	r.Dst, r.Block, r.Err = nil, nil, nil
-	r.content, r.buffer, r.tail = nil, nil, nil
-	r.Kin, r.Origin = nil, nil
-	r.started, r.ended, r.near = false, false, false
+	r.Reset()
+	r.content, r.buffer, r.tail, r.near = nil, nil, nil, false
 	f.unused = append(f.unused, r)
 }
 
@@ -106,15 +99,12 @@ func (f *fetcher) dispatch() {
 		f.mu.Unlock()
 		for _, r := range batch[:n] {
 			if r.near = r.readNear(); r.near {
-				r.Done(&r.Request)
+				f.responses.Add(r)
 			} else {
-				f.source.Start(&r.Request)
+				r.Begin()
 			}
 		}
 		f.mu.Lock()
-		for _, r := range batch[:n] {
-			f.hasStarted(r)
-		}
 	}
 }
 
@@ -131,22 +121,10 @@ func (r *request) readNear() bool {
 	return err == nil
 }
 
-func (f *fetcher) hasStarted(r *request) {
-	r.started = true
-	switch {
-	case r.ended:
-		f.putRequest(r)
-	case f.err != nil && !r.near:
-		f.source.Cancel(&r.Request)
-	}
-}
-
-// cancelAll cancels everything in flight. What is just being started is cancelled by who does that.
+// cancelAll cancels everything in flight. No request begins after it.
 func (f *fetcher) cancelAll() {
 	for _, r := range f.requests {
-		if r.started && !r.ended && !r.near {
-			f.source.Cancel(&r.Request)
-		}
+		r.Cancel()
 	}
 	f.endDecoders()
 }
@@ -187,9 +165,7 @@ func (f *fetcher) end(r *request) {
 		f.complete(r) // may fail, too
 	}
 	f.endDecoders()
-	if r.ended = true; r.started {
-		f.putRequest(r)
-	}
+	f.putRequest(r)
 }
 
 // decryptAll decrypts the blocks of requests that are done, checks what can be checked about them,

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
@@ -79,7 +78,7 @@ func (l *lookup) spent() set { return l.missed | l.failed | l.lied | l.active | 
 
 // attempt is a request to a member for a lookup.
 type attempt struct {
-	request    fetch.Request
+	request    fetch.Call
 	member     *member
 	lookup     *lookup       // nil if nobody waits for it any more
 	background bool          // with memory of its own
@@ -88,9 +87,6 @@ type attempt struct {
 	question   []asked       // what is asked instead of a block
 	waited     time.Duration // for its answer
 	cause      error         // why it was cancelled, if it was
-
-	state atomic.Int32
-	steps atomic.Int32 // that Start has returned is one, Done the other
 
 	start    time.Duration
 	expected time.Duration // how long it was to take
@@ -105,13 +101,6 @@ type attempt struct {
 	sibling   *attempt // of the same lookup
 	following *attempt // to be started, or spare
 }
-
-// States of an attempt, so that it is cancelled after it has been started.
-const (
-	starting int32 = iota
-	started
-	cancelled
-)
 
 // newLookup returns a lookup. The lock of the pool is held here and in all that follows, unless
 // said otherwise.
@@ -278,9 +267,9 @@ func (p *Pool) newAttempt(m *member, pair eris.Pair, size eris.BlockSize, now ti
 		m.spare, a.following = a.following, nil
 	} else {
 		a = &attempt{member: m}
-		a.request.Done = func(*fetch.Request) { a.step(p) }
+		a.request.Init(m.source, func() { p.arrived.Add(a) })
 	}
-	a.request.Pair, a.request.Size, a.request.Root = pair, size, eris.Reference{}
+	a.request.Pair, a.request.Size = pair, size
 	m.sent(a, now)
 	p.inFlight++
 	if p.lastOf == nil {
@@ -295,33 +284,18 @@ func (p *Pool) newAttempt(m *member, pair eris.Pair, size eris.BlockSize, now ti
 // startAll hands attempts to their members. Called without the lock.
 func startAll(a *attempt) {
 	for a != nil {
-		next, source, p := a.following, a.member.source, a.member.pool
+		next := a.following
 		a.following = nil
-		source.Start(&a.request)
-		if !a.state.CompareAndSwap(starting, started) {
-			source.Cancel(&a.request)
-		}
-		a.step(p)
+		a.request.Begin()
 		a = next
-	}
-}
-
-// step is called when Start has returned and when Done is called, in whichever order. After the
-// second time the attempt is for the workers. Called without the lock.
-func (a *attempt) step(p *Pool) {
-	if a.steps.Add(1) == 2 {
-		p.arrived.Add(a)
 	}
 }
 
 // cancel makes an attempt end soon. Sources may call Done meanwhile, which does not need the lock.
 func (a *attempt) cancel(cause error) {
-	if a.cause != nil {
-		return
-	}
-	a.cause = cause
-	if a.state.Swap(cancelled) == started {
-		a.member.source.Cancel(&a.request)
+	if a.cause == nil {
+		a.cause = cause
+		a.request.Cancel()
 	}
 }
 
@@ -349,16 +323,12 @@ func (p *Pool) detach(a *attempt) {
 	}
 }
 
-// recycle takes back an attempt of which nothing is needed any more. What its source holds on to
-// may be of use again.
+// recycle takes back an attempt of which nothing is needed any more.
 func (a *attempt) recycle() {
-	r := &a.request
-	r.Dst, r.Block, r.Err, r.Have = nil, nil, nil, nil
+	a.request.Reset()
 	a.lookup, a.sibling, a.cause, a.question = nil, nil, nil, nil
 	a.waited = 0
 	a.background, a.probe, a.directed = false, false, false
-	a.state.Store(starting)
-	a.steps.Store(0)
 	a.following, a.member.spare = a.member.spare, a
 }
 

@@ -28,7 +28,7 @@ func (p *Pool) work() {
 			return
 		}
 		for i, a := range batch[:n] {
-			requests[i] = &a.request
+			requests[i] = &a.request.Request
 		}
 		fetch.Verify(requests[:n])
 		p.mu.Lock()

@@ -7,12 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/pool"
 )
 
 // view is the relay as a client sees it.
@@ -30,11 +28,13 @@ func (v *view) Start(q *fetch.Request) {
 		q.Done(q)
 		return
 	}
-	t := &ticket{relay: r, outer: q, pool: r.pools[0], began: time.Now()}
+	t := &ticket{relay: r, outer: q, began: time.Now()}
+	asked := r.pools[0]
 	if v.hops > 1 {
-		t.pool = r.pools[len(r.pools)-1]
+		asked = r.pools[len(r.pools)-1]
 	}
-	t.inner = fetch.Request{Pair: q.Pair, Size: q.Size, Done: func(*fetch.Request) { t.finish() }}
+	t.inner.Init(asked, t.finish)
+	t.inner.Pair, t.inner.Size = q.Pair, q.Size
 	q.Held = t
 	r.mu.Lock()
 	t.client = r.clientOf(v.client)
@@ -101,10 +101,8 @@ func (c *client) finds(size eris.BlockSize) {
 type ticket struct {
 	relay *Relay
 	outer *fetch.Request // of the client; not to be touched once it has been answered
-	inner fetch.Request  // of the pool
-	pool  *pool.Pool
+	inner fetch.Call     // of the pool
 	began time.Time
-	state atomic.Int32
 
 	// Guarded by the lock of the relay.
 	client   *client
@@ -113,20 +111,10 @@ type ticket struct {
 	timer    *time.Timer
 }
 
-// States of a ticket, so that it is cancelled after it has been started.
-const (
-	starting int32 = iota
-	started
-	cancelled
-)
-
 // start asks the pool. Called without the lock.
 func (t *ticket) start() {
 	t.inner.Dst = make([]byte, 0, t.inner.Size)
-	t.pool.Start(&t.inner)
-	if !t.state.CompareAndSwap(starting, started) {
-		t.pool.Cancel(&t.inner)
-	}
+	t.inner.Begin()
 }
 
 // check gives the request up if nobody has answered for too long, or else looks again later.
@@ -175,9 +163,7 @@ func (t *ticket) answer(err error) {
 // cancel is answer, and has the pool do no more.
 func (t *ticket) cancel(cause error) {
 	t.answer(cause)
-	if t.state.Swap(cancelled) == started {
-		t.pool.Cancel(&t.inner)
-	}
+	t.inner.Cancel()
 }
 
 // finish is called when the pool is done.
