@@ -64,11 +64,10 @@ const (
 // with an error that wraps [eris.ErrNotFound] if the node does not have the block, or does not find
 // it within [Options.Timeout].
 type Store struct {
-	*fetch.Workers
+	httpclient.Store
 	url     storeurl.URL
 	rpc     bool
 	timeout time.Duration
-	client  *httpclient.Client
 }
 
 var _ fetch.Store = (*Store)(nil)
@@ -97,7 +96,7 @@ func Open(text string, options Options) (*Store, error) {
 	if address, err := netip.ParseAddr(u.Host); u.Host == "localhost" || err == nil && address.IsLoopback() {
 		getenv = func(string) string { return "" } // the node of this machine is not behind a proxy
 	}
-	s.client = httpclient.New(u.HTTP(""), httpclient.Options{
+	s.Client = httpclient.New(u.HTTP(""), httpclient.Options{
 		Connections: connections, ConnectTimeout: connectTimeout, IdleTimeout: idleTimeout,
 		// The daemon is told to stop looking after Timeout, so it may say so itself a little later.
 		Timeout: s.timeout + s.timeout/8, BodyTimeout: s.timeout + s.timeout/2,
@@ -106,19 +105,6 @@ func Open(text string, options Options) (*Store, error) {
 	})
 	s.Workers = fetch.NewWorkers(u.String(), connections, s.get)
 	return s, nil
-}
-
-// Progress returns how many bytes have come, also of blocks that are not whole.
-func (s *Store) Progress() int64 { return s.client.Progress() }
-
-// Renew has further requests go over new connections; what is under way fails.
-func (s *Store) Renew() { s.client.Renew() }
-
-// Close ends all requests and closes all connections.
-func (s *Store) Close() error {
-	s.Workers.Close()
-	s.client.Close()
-	return nil
 }
 
 // cidPrefix is what stands before the digest in the binary form of a CID: version 1; the codec
@@ -141,7 +127,7 @@ func CID(ref eris.Reference) string {
 func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize, dst []byte) (block []byte, err error) {
 	err = eris.ErrNotFound
 	if s.url.Get {
-		err = s.client.Do(ctx, s.getRequest(ref), func(r *http.Response) (err error) {
+		err = s.Do(ctx, s.getRequest(ref), func(r *http.Response) (err error) {
 			if r.StatusCode != http.StatusOK {
 				return s.getError(r)
 			}
@@ -158,19 +144,9 @@ func (s *Store) get(ctx context.Context, ref eris.Reference, size eris.BlockSize
 // Put implements [fetch.Store]: it returns nil once the node has answered that it has stored and
 // pinned the block.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	err := fetch.ErrReadOnly
-	switch {
-	case !eris.BlockSize(len(block)).Valid():
-		err = eris.ErrBlockSize
-	case s.url.Put && s.rpc:
-		err = s.client.Retry(ctx, func() error {
-			return s.client.Do(ctx, s.putRequest(block), func(r *http.Response) error { return putResult(ref, r) })
-		})
-	}
-	if err != nil {
-		return fmt.Errorf("%v: block %v: %w", s, ref, err)
-	}
-	return nil
+	return s.PutBlock(ctx, s.url.Put && s.rpc, ref, block, func() error {
+		return s.Do(ctx, s.putRequest(block), func(r *http.Response) error { return putResult(ref, r) })
+	})
 }
 
 // request makes a request for a path of the node; body may be nil.

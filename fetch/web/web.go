@@ -87,11 +87,10 @@ const (
 // Store is a store that is reached by HTTP. It implements [fetch.Store], and is safe for concurrent
 // use.
 type Store struct {
-	*fetch.Workers
+	httpclient.Store
 	url     storeurl.URL
 	base    *url.URL
 	layouts []layout // that are asked; the first is that of new blocks
-	client  *httpclient.Client
 	sign    func(r *http.Request, sum [sha256.Size]byte) error
 	header  http.Header  // of all requests; never changed
 	hint    atomic.Int32 // index in layouts of the one in which the last block was found
@@ -152,6 +151,12 @@ func Open(url string, options Options) (*Store, error) {
 	if options.HopLimit > 0 {
 		s.header.Set("Max-Forwards", strconv.Itoa(options.HopLimit-1))
 	}
+	name := u.String()
+	for _, kind := range []string{"packed", "static"} {
+		if u.Has(kind) {
+			name = u.String() + "?" + kind
+		}
+	}
 	switch {
 	case u.Has("layout=flat"):
 		s.layouts = []layout{flat}
@@ -164,14 +169,14 @@ func Open(url string, options Options) (*Store, error) {
 		u.Path = strings.TrimSuffix(u.Path, servicePath)
 	}
 	if (u.Has("layout=flat") || u.Has("layout=sharded")) && !u.Has("static") {
-		return nil, fmt.Errorf("store URL %v: %w", s, errLayout)
+		return nil, fmt.Errorf("store URL %v: %w", name, errLayout)
 	}
 	s.base = u.HTTP("")
 	bodyTimeout := 3 * timeout
 	if u.Has("packed") { // a pack may be long, and the line slow
 		bodyTimeout = 30 * timeout
 	}
-	s.client = httpclient.New(s.base, httpclient.Options{
+	s.Client = httpclient.New(s.base, httpclient.Options{
 		Connections: connections, ConnectTimeout: cmp.Or(options.ConnectTimeout, 5*time.Second),
 		Timeout: timeout, BodyTimeout: bodyTimeout, IdleTimeout: idleTimeout,
 		Verify: u.Has("verify"), Cleartext: u.Has("h2c"), Getenv: options.Getenv,
@@ -180,39 +185,16 @@ func Open(url string, options Options) (*Store, error) {
 	if u.TLS() || u.Has("h2c") {
 		workers = streams
 	}
-	s.Workers = fetch.NewWorkers(s.String(), workers, s.get)
+	s.Workers = fetch.NewWorkers(name, workers, s.get)
 	if u.Get && !u.Has("static") {
 		s.Workers.Have = s.have
 	}
 	return s, nil
 }
 
-// String returns the scheme, the host and the kind of the store.
-func (s *Store) String() string {
-	for _, kind := range []string{"static", "packed"} {
-		if s.url.Has(kind) {
-			return s.url.String() + "?" + kind
-		}
-	}
-	return s.url.String()
-}
-
 // AnySize reports whether a block that is not there in one size is not there in the other either:
 // it is, because addresses do not tell the size.
 func (s *Store) AnySize() bool { return true }
-
-// Progress returns how many bytes have come, also of blocks that are not whole.
-func (s *Store) Progress() int64 { return s.client.Progress() }
-
-// Renew has further requests go over new connections; what is under way fails.
-func (s *Store) Renew() { s.client.Renew() }
-
-// Close ends all requests and connections.
-func (s *Store) Close() error {
-	s.Workers.Close()
-	s.client.Close()
-	return nil
-}
 
 // get is what the workers call. It makes one request; of static stores with both layouts, up to
 // two. Static servers that answer 403 do not have the block: buckets whose contents may not be
@@ -274,19 +256,11 @@ func (s *Store) at(path, query string) *url.URL {
 
 // Put implements [fetch.Store]: it returns nil once the server has answered that it has the block.
 func (s *Store) Put(ctx context.Context, ref eris.Reference, block []byte) error {
-	err := fetch.ErrReadOnly
-	switch {
-	case !eris.BlockSize(len(block)).Valid():
-		err = eris.ErrBlockSize
-	case s.url.Put:
+	return s.PutBlock(ctx, s.url.Put, ref, block, func() error {
 		// A copy, because what the transport writes from may still be in use when it has returned.
 		body := bytes.NewReader(bytes.Clone(block))
-		err = s.put(ctx, outgoing{http.MethodPut, s.address(ref, 0), "", body, int64(len(block)), sha256.Sum256(block)})
-	}
-	if err != nil {
-		return fmt.Errorf("%v: block %v: %w", s, ref, err)
-	}
-	return nil
+		return s.do(ctx, outgoing{http.MethodPut, s.address(ref, 0), "", body, int64(len(block)), sha256.Sum256(block)}, s.stored)
+	})
 }
 
 // refusal returns what a bucket finds wrong with a signed request, or with our clock; nil if it may
@@ -371,7 +345,8 @@ func rangeOf(r *http.Response, from int64) (at, total int64, err error) {
 // PutObject stores the first size bytes of a file as the object BASE/name; sum is their SHA-256.
 // Errors are as those of Put.
 func (s *Store) PutObject(ctx context.Context, name string, content *os.File, size int64, sum [sha256.Size]byte) error {
-	return s.put(ctx, outgoing{http.MethodPut, s.at("/"+name, ""), "", content, size, sum})
+	o := outgoing{http.MethodPut, s.at("/"+name, ""), "", content, size, sum}
+	return s.Retry(ctx, func() error { return s.do(ctx, o, s.stored) })
 }
 
 // outgoing is a request to be made.
@@ -384,11 +359,6 @@ type outgoing struct {
 	sum    [sha256.Size]byte
 }
 
-// put makes a request to store something, again while the server is busy.
-func (s *Store) put(ctx context.Context, o outgoing) error {
-	return s.client.Retry(ctx, func() error { return s.do(ctx, o, s.stored) })
-}
-
 // do makes a request, follows redirections, and has the response handled.
 func (s *Store) do(ctx context.Context, o outgoing, handle func(r *http.Response) error) error {
 	next := o.url
@@ -398,7 +368,7 @@ func (s *Store) do(ctx context.Context, o outgoing, handle func(r *http.Response
 			return err
 		}
 		next = nil
-		err = s.client.Do(ctx, request, func(r *http.Response) (err error) {
+		err = s.Do(ctx, request, func(r *http.Response) (err error) {
 			if next, err = redirection(request, r); next != nil || err != nil {
 				return err
 			}

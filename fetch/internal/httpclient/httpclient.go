@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 
-// Package httpclient makes the requests of the stores that are reached by HTTP: bounded in number,
-// time and size, with rests after failures. What a server sends is not trusted. Start with [New].
+// Package httpclient is what the stores that are reached by HTTP have in common: a [Store], and the
+// requests of its [Client], bounded in number, time and size, with rests after failures. What a
+// server sends is not trusted. Start with [New].
 package httpclient
 
 import (
@@ -30,6 +31,36 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/backoff"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/dial"
 )
+
+// Store is a store that is reached by HTTP, which the packages of such stores embed. It is
+// [fetch.Store] but for Put.
+type Store struct {
+	*fetch.Workers
+	*Client
+}
+
+// PutBlock is Put, where takes says that the store takes blocks from us, and put makes the request
+// by [Client.Do].
+func (s *Store) PutBlock(ctx context.Context, takes bool, ref eris.Reference, block []byte, put func() error) error {
+	err := fetch.ErrReadOnly
+	switch {
+	case !eris.BlockSize(len(block)).Valid():
+		err = eris.ErrBlockSize
+	case takes:
+		err = s.Retry(ctx, put)
+	}
+	if err != nil {
+		return fmt.Errorf("%v: block %v: %w", s, ref, err)
+	}
+	return nil
+}
+
+// Close ends all requests and connections.
+func (s *Store) Close() error {
+	s.Workers.Close()
+	s.Client.Close()
+	return nil
+}
 
 // Options says how a [Client] behaves. All fields must be set but Verify, Cleartext and Getenv.
 type Options struct {
@@ -126,7 +157,7 @@ func Header() http.Header {
 	}
 }
 
-// Progress returns how many bytes have been received, also of what is not whole.
+// Progress returns how many bytes have come, also of blocks that are not whole.
 func (c *Client) Progress() int64 { return c.received.Load() }
 
 // conn is a connection that is closed when the client is.
@@ -175,7 +206,7 @@ func (c *Client) dial(ctx context.Context, network, address string) (net.Conn, e
 	return nil, err
 }
 
-// Renew closes all connections: what is under way fails, and further requests make others.
+// Renew has further requests go over new connections; what is under way fails.
 func (c *Client) Renew() {
 	c.transport.CloseIdleConnections()
 	c.mu.Lock()
