@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
+	"time"
 )
 
 // A Network is one in memory, without buffers, for tests in a bubble of [testing/synctest]: time
@@ -73,3 +75,53 @@ func (l *networkListener) Close() error {
 func (l *networkListener) Addr() net.Addr  { return l }
 func (l *networkListener) Network() string { return "tcp" }
 func (l *networkListener) String() string  { return l.address }
+
+// Far returns a function that connects as [net.Dialer] does, but what the other end sends comes as
+// much later as a round trip takes. It is for measurements: deadlines of reading are not heeded.
+func Far(roundTrip time.Duration) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		c := &farConn{Conn: conn, portions: make(chan portion, 1<<12)}
+		go func() {
+			defer close(c.portions)
+			for err == nil {
+				var n int
+				b := make([]byte, 64<<10)
+				n, err = conn.Read(b)
+				c.portions <- portion{b[:n], time.Now().Add(roundTrip)}
+			}
+		}()
+		return c, nil
+	}
+}
+
+type farConn struct {
+	net.Conn
+	portions chan portion
+	rest     []byte
+}
+
+// portion is a run of bytes, and when it comes out at this end.
+type portion struct {
+	bytes []byte
+	due   time.Time
+}
+
+func (c *farConn) SetReadDeadline(time.Time) error { return nil }
+
+func (c *farConn) Read(p []byte) (int, error) {
+	for len(c.rest) == 0 {
+		next, ok := <-c.portions
+		if !ok {
+			return 0, io.EOF
+		}
+		time.Sleep(time.Until(next.due))
+		c.rest = next.bytes
+	}
+	n := copy(p, c.rest)
+	c.rest = c.rest[n:]
+	return n, nil
+}
