@@ -150,14 +150,6 @@ func NewBlock(size eris.BlockSize) (eris.Reference, []byte) {
 // add adds a new block to the backend.
 func (s *suite) add(size eris.BlockSize) (eris.Reference, []byte) { return s.backend.Add(size) }
 
-// run makes a request and waits for its end.
-func (s *suite) run(r *fetch.Request) {
-	done := make(chan struct{})
-	r.Done = func(*fetch.Request) { close(done) }
-	s.Source.Start(r)
-	<-done
-}
-
 func (s *suite) get(ctx context.Context, ref eris.Reference, size eris.BlockSize) ([]byte, error) {
 	return fetch.Get(ctx, s.Source, ref, size, make([]byte, 0, size))
 }
@@ -251,7 +243,7 @@ func testHave(t *testing.T, s *suite) {
 	const most = count/8 + 1
 	ask := func() *fetch.Request {
 		r := &fetch.Request{Have: question, Size: most, Dst: make([]byte, 0, most)}
-		s.run(r)
+		fetch.Await(t.Context(), s.Source, r)
 		return r
 	}
 	for range 2 {
@@ -267,7 +259,7 @@ func testHave(t *testing.T, s *suite) {
 		// The same request can be one for a block.
 		ref, want := s.add(eris.BlockSize1KiB)
 		r.Have, r.Pair.Reference, r.Size, r.Dst = nil, ref, eris.BlockSize1KiB, make([]byte, 0, eris.BlockSize1KiB)
-		if s.run(r); r.Err != nil || !bytes.Equal(r.Block, want) {
+		if fetch.Await(t.Context(), s.Source, r); r.Err != nil || !bytes.Equal(r.Block, want) {
 			t.Errorf("block after an answer: %v", r.Err)
 		}
 	}

@@ -23,9 +23,9 @@ const (
 	maxBlockNumber = 1<<20 - 1
 )
 
-// parse reads the value of an option Block1 or Block2. It reports whether that was possible: it has
+// Parse reads the value of an option Block1 or Block2. It reports whether that was possible: it has
 // at most 3 bytes.
-func (b *Block) parse(value []byte) bool {
+func (b *Block) Parse(value []byte) bool {
 	if len(value) > 3 {
 		return false
 	}

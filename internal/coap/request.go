@@ -167,11 +167,11 @@ func (p Paths) parseOptions(body []byte, request *Request) codes.Code {
 			n, _ := parseUint(option.Value)
 			request.Size = eris.BlockSize(n)
 		case message.Block1:
-			if !request.Block1.parse(option.Value) {
+			if !request.Block1.Parse(option.Value) {
 				refuse = codes.BadOption
 			}
 		case message.Block2:
-			if !request.Block2.parse(option.Value) {
+			if !request.Block2.Parse(option.Value) {
 				refuse = codes.BadOption
 			}
 		case requestTag:
@@ -249,11 +249,11 @@ func parseResponse(body []byte, response *Response) (payload []byte, err error) 
 		}
 		switch option.meaning() {
 		case message.Block1:
-			if !response.Block1.parse(option.Value) {
+			if !response.Block1.Parse(option.Value) {
 				response.Unusable = true
 			}
 		case message.Block2:
-			if !response.Block2.parse(option.Value) {
+			if !response.Block2.Parse(option.Value) {
 				response.Unusable = true
 			}
 		case message.MaxAge:

@@ -275,14 +275,14 @@ func TestBlock(t *testing.T) {
 	} {
 		b := fromHex(t, v.text)
 		var got Block
-		if !got.parse(b) || got != v.want {
+		if !got.Parse(b) || got != v.want {
 			t.Errorf("%s: %+v", v.text, got)
 		}
 		if again := AppendUintOption(nil, 0, 0, got.uint()); !bytes.Equal(again[1:], b) {
 			t.Errorf("%s: written as % x", v.text, again[1:])
 		}
 	}
-	if new(Block).parse(make([]byte, 4)) {
+	if new(Block).Parse(make([]byte, 4)) {
 		t.Error("an option of four bytes is taken")
 	}
 	for _, v := range []struct {

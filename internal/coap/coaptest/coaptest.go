@@ -160,14 +160,10 @@ func (m *Message) take(body []byte) error {
 
 // Block returns the value of an option Block1 or Block2.
 func (m Message) Block(number message.OptionID) (b coap.Block) {
-	if len(m.Options[number]) == 0 {
-		return b
+	if values := m.Options[number]; len(values) > 0 {
+		b.Parse([]byte(values[0]))
 	}
-	n := uint32(0)
-	for _, c := range []byte(m.Options[number][0]) {
-		n = n<<8 | uint32(c)
-	}
-	return coap.Block{Number: n >> 4, More: n&8 != 0, Exponent: uint8(n & 7), Present: true}
+	return b
 }
 
 // IsSignal reports whether the message is about the connection.
