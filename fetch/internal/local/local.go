@@ -68,21 +68,22 @@ type Store struct {
 
 	files  Files
 	slots  chan struct{}
-	memory sync.Pool     // of *[eris.BlockSize32KiB]byte, for blocks that are put
-	done   chan struct{} // closed by Close
+	memory sync.Pool       // of *[eris.BlockSize32KiB]byte, for blocks that are put
+	open   context.Context // ends with Close
+	close  context.CancelFunc
 	idle   chan struct{} // closed when all operations have come to an end after that
 
-	mu     sync.Mutex
-	closed bool
-	group  sync.WaitGroup
+	mu    sync.Mutex // held while the context ends, and while group grows
+	group sync.WaitGroup
 }
 
 // New returns a store whose blocks are in files.
 func New(u storeurl.URL, files Files) *Store {
 	s := &Store{
 		URL: u, files: files,
-		slots: make(chan struct{}, maxOperations), done: make(chan struct{}), idle: make(chan struct{}),
+		slots: make(chan struct{}, maxOperations), idle: make(chan struct{}),
 	}
+	s.open, s.close = context.WithCancel(context.Background())
 	s.memory.New = func() any { return new([eris.BlockSize32KiB]byte) }
 	s.Workers = fetch.NewWorkers(u.String(), maxOperations, s.get)
 	return s
@@ -135,13 +136,13 @@ func (s *Store) Do(ctx context.Context, operation, end func() error) error {
 	select {
 	case <-ctx.Done():
 		return context.Cause(ctx)
-	case <-s.done:
+	case <-s.open.Done():
 		return fetch.ErrClosed
 	case s.slots <- struct{}{}:
 	}
 	result := make(chan error, 1)
 	s.mu.Lock()
-	if s.closed {
+	if s.Closing() {
 		s.mu.Unlock()
 		<-s.slots
 		return fetch.ErrClosed
@@ -163,26 +164,21 @@ func (s *Store) Do(ctx context.Context, operation, end func() error) error {
 		return err
 	case <-ctx.Done():
 		return context.Cause(ctx)
-	case <-s.done:
+	case <-s.open.Done():
 		return fetch.ErrClosed
 	}
 }
 
 // Closing reports whether Close has been called, for operations that take long.
-func (s *Store) Closing() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.closed
-}
+func (s *Store) Closing() bool { return s.open.Err() != nil }
 
 // Close lets go of the files. Calls that are under way fail, and blocks that were being put may or
 // may not be stored. It waits at most a second for operations of the file system that do not come
 // to an end.
 func (s *Store) Close() error {
 	s.mu.Lock()
-	if !s.closed {
-		s.closed = true
-		close(s.done)
+	if !s.Closing() {
+		s.close()
 		go func() {
 			s.Workers.Close()
 			s.group.Wait()
