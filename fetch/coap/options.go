@@ -45,11 +45,8 @@ type Options struct {
 	minBackoff time.Duration
 }
 
-// maxWindow is the most requests that a connection can have without an answer.
-const maxWindow = 1 << 16
-
 func (o Options) withDefaults() Options {
-	o.Window = min(cmp.Or(o.Window, 16384), maxWindow)
+	o.Window = cmp.Or(o.Window, 16384)
 	o.RequestTimeout = cmp.Or(o.RequestTimeout, 30*time.Second)
 	o.IdleTimeout = cmp.Or(o.IdleTimeout, 5*time.Minute)
 	o.DialTimeout = cmp.Or(o.DialTimeout, 5*time.Second)

@@ -221,8 +221,7 @@ func (p *parser) start() error {
 		}
 	}
 	err := p.opening()
-	var format *FormatError
-	if errors.As(err, &format) && format.Err != io.ErrUnexpectedEOF {
+	if format, ok := errors.AsType[*FormatError](err); ok && format.Err != io.ErrUnexpectedEOF {
 		return p.wrong(errNotDump)
 	}
 	return err

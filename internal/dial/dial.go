@@ -52,10 +52,9 @@ func With(d *net.Dialer) func(ctx context.Context, network, address string) (net
 // ask whoever the socket is connected to until there is an answer, an error, or the context ends,
 // and to close it.
 func WithAnswer(d *net.Dialer, answers func(context.Context, net.Conn) error) func(ctx context.Context, network, address string) (net.Conn, error) {
-	connect := once(d, answers)
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return Within(ctx, cmp.Or(d.Timeout, time.Hour), func(ctx context.Context) (net.Conn, error) {
-			return connect(ctx, network, address)
+			return once(ctx, d, answers, network, address)
 		})
 	}
 }
@@ -74,109 +73,107 @@ func Within[T any](ctx context.Context, timeout time.Duration, f func(ctx contex
 	}
 }
 
-func once(d *net.Dialer, answers func(context.Context, net.Conn) error) func(ctx context.Context, network, address string) (net.Conn, error) {
-	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		ctx, cancel := context.WithCancel(ctx)
-		var looking, several atomic.Bool
-		found := make(chan []net.IPAddr, 3)
-		traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-			DNSStart: func(httptrace.DNSStartInfo) { looking.Store(true) },
-			DNSDone: func(info httptrace.DNSDoneInfo) {
-				looking.Store(false)
-				if len(info.Addrs) > 1 {
-					several.Store(true)
-				}
-				found <- info.Addrs
-			},
-		})
-		results, running := make(chan dialed), 0
-		defer func() {
-			cancel()
-			for ; running > 0; running-- {
-				if late := <-results; late.err == nil {
-					late.conn.Close()
+func once(ctx context.Context, d *net.Dialer, answers func(context.Context, net.Conn) error, network, address string) (net.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var looking, several atomic.Bool
+	found := make(chan []net.IPAddr, 3)
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		DNSStart: func(httptrace.DNSStartInfo) { looking.Store(true) },
+		DNSDone: func(info httptrace.DNSDoneInfo) {
+			looking.Store(false)
+			if len(info.Addrs) > 1 {
+				several.Store(true)
+			}
+			found <- info.Addrs
+		},
+	})
+	results, running := make(chan dialed), 0
+	defer func() {
+		cancel()
+		for ; running > 0; running-- {
+			if late := <-results; late.err == nil {
+				late.conn.Close()
+			}
+		}
+	}()
+	start := func(ctx context.Context, d *net.Dialer, kind, address string) {
+		running++
+		go func() {
+			conn, err := d.DialContext(ctx, network+kind, address)
+			if err == nil && answers != nil && several.Load() {
+				if err = answers(ctx, conn); err == nil { // more answers may be under way to that socket
+					conn, err = d.DialContext(ctx, network, conn.RemoteAddr().String())
 				}
 			}
+			results <- dialed{conn, ctx == traced && kind == "", err}
 		}()
-		start := func(ctx context.Context, d *net.Dialer, kind, address string) {
-			running++
-			go func() {
-				conn, err := d.DialContext(ctx, network+kind, address)
-				if err == nil && answers != nil && several.Load() {
-					if err = answers(ctx, conn); err == nil { // more answers may be under way to that socket
-						conn, err = d.DialContext(ctx, network, conn.RemoteAddr().String())
-					}
-				}
-				results <- dialed{conn, ctx == traced && kind == "", err}
-			}()
-		}
-		host, port, _ := net.SplitHostPort(address)
-		name := strings.TrimSuffix(host, ".")
-		local := strings.HasSuffix(strings.ToLower(name), ".local")
-		several.Store(local)
-		start(traced, d, "", address)
-		if local {
-			near := *d
-			near.Resolver = lan.Resolver()
-			start(ctx, &near, "4", net.JoinHostPort(name+".", port))
-			start(ctx, &near, "6", net.JoinHostPort(name+".", port))
-		}
-		var others []net.IPAddr
-		learn := func(addresses []net.IPAddr) {
-			begun := map[bool]bool{} // the dialer begins with one of each kind, without connections with one
-			for _, a := range addresses {
-				if kind := answers != nil || a.IP.To4() == nil; begun[kind] {
-					others = append(others, a)
-				} else {
-					begun[kind] = true
-				}
+	}
+	host, port, _ := net.SplitHostPort(address)
+	name := strings.TrimSuffix(host, ".")
+	local := strings.HasSuffix(strings.ToLower(name), ".local")
+	several.Store(local)
+	start(traced, d, "", address)
+	if local {
+		near := *d
+		near.Resolver = lan.Resolver()
+		start(ctx, &near, "4", net.JoinHostPort(name+".", port))
+		start(ctx, &near, "6", net.JoinHostPort(name+".", port))
+	}
+	var others []net.IPAddr
+	learn := func(addresses []net.IPAddr) {
+		begun := map[bool]bool{} // the dialer begins with one of each kind, without connections with one
+		for _, a := range addresses {
+			if kind := answers != nil || a.IP.To4() == nil; begun[kind] {
+				others = append(others, a)
+			} else {
+				begun[kind] = true
 			}
 		}
-		startOther := func() {
-			if len(others) > 0 {
-				start(ctx, d, "", net.JoinHostPort(others[0].String(), port))
-				others = others[1:]
-			}
+	}
+	startOther := func() {
+		if len(others) > 0 {
+			start(ctx, d, "", net.JoinHostPort(others[0].String(), port))
+			others = others[1:]
 		}
-		var failed error
-		late, again, next := time.After(lookupTime), time.After(againAfter), time.NewTicker(nextAfter)
-		defer next.Stop()
-		for running > 0 {
+	}
+	var failed error
+	late, again, next := time.After(lookupTime), time.After(againAfter), time.NewTicker(nextAfter)
+	defer next.Stop()
+	for running > 0 {
+		select {
+		case r := <-results:
+			running--
+			if r.err == nil {
+				return r.conn, nil
+			}
+			if r.first {
+				failed = r.err
+			}
 			select {
-			case r := <-results:
-				running--
-				if r.err == nil {
-					return r.conn, nil
-				}
-				if r.first {
-					failed = r.err
-				}
-				select {
-				case addresses := <-found:
-					learn(addresses)
-				default:
-				}
-				if running == 0 {
-					startOther()
-				}
 			case addresses := <-found:
 				learn(addresses)
-				next.Reset(nextAfter)
-			case <-next.C:
+			default:
+			}
+			if running == 0 {
 				startOther()
-			case <-again:
-				if !looking.Load() {
-					start(ctx, d, "", address)
-				}
-			case <-late:
-				if looking.Load() {
-					start(traced, d, "4", address)
-					start(traced, d, "6", address)
-				}
+			}
+		case addresses := <-found:
+			learn(addresses)
+			next.Reset(nextAfter)
+		case <-next.C:
+			startOther()
+		case <-again:
+			if !looking.Load() {
+				start(ctx, d, "", address)
+			}
+		case <-late:
+			if looking.Load() {
+				start(traced, d, "4", address)
+				start(traced, d, "6", address)
 			}
 		}
-		return nil, failed
 	}
+	return nil, failed
 }
 
 // dialed is the result of one address, or, first, of the name.
