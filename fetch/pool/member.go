@@ -107,9 +107,7 @@ func newMember(p *Pool, i int, given Member) *member {
 		m.failures, m.silent, m.noted = record.Rests, true, true
 		m.restUntil = min(record.Rest.Sub(p.epoch), longestRest)
 		m.lastError = errRested
-		for at := p.epoch.Add(-restAge); m.backoff.Failures() < min(record.Rests, 10); {
-			at = at.Add(m.backoff.Fail(at, 0))
-		}
+		m.backoff.Resume(p.epoch.Add(max(0, m.restUntil)), record.Rests)
 	}
 	return m
 }

@@ -7,10 +7,8 @@
 //
 // # How to add a source
 //
-// It takes a package below fetch with one file, in which a type has the methods of [fetch.Source]
-// (and Put, if it takes blocks); one call of [Test]; and one case in OpenStore of
-// internal/settings. For the call, start a server for a [Backend], open the source on it, and hand
-// both to the suite:
+// CONTRIBUTING.md says what it takes. For the call of [Test], start a server for a [Backend], open
+// the source on it, and hand both to the suite:
 //
 //	func TestConformance(t *testing.T) {
 //		sourcetest.Test(t, func(t *testing.T, backend *sourcetest.Backend) sourcetest.Fixture {
