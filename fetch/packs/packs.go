@@ -77,11 +77,11 @@ type Store struct {
 	mu       sync.Mutex
 	packs    map[eris.Reference]*pack
 	uses     int64
-	left     chan struct{} // closed when a pack is not in use any more
+	left     sync.Cond // what waits until a pack is not in use any more waits on it
 	missing  map[eris.Reference]time.Time
 	gets     int64 // requests
 	held     int   // bytes of blocks that wait for requests
-	room     *sync.Cond
+	room     sync.Cond
 	runs     []*run // of all packs, in the order in which they were used
 	received int64  // bytes of runs, since there was none, and when the first of them came
 	began    time.Time
@@ -119,10 +119,9 @@ func Open(url string, o web.Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
-		url: u, objects: kept, directory: directory, packs: map[eris.Reference]*pack{},
-		left: make(chan struct{}), missing: map[eris.Reference]time.Time{},
+		url: u, objects: kept, directory: directory, packs: map[eris.Reference]*pack{}, missing: map[eris.Reference]time.Time{},
 	}
-	s.room = sync.NewCond(&s.mu)
+	s.left.L, s.room.L = &s.mu, &s.mu
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.Workers = fetch.NewWorkers(kept.String(), workers, nil)
 	s.Workers.Within = s.get
@@ -192,35 +191,37 @@ func (s *Store) get(ctx context.Context, root, ref eris.Reference, size eris.Blo
 
 // use returns the pack where a block should be, which may not be open yet. It must be left.
 func (s *Store) use(ctx context.Context, root, ref eris.Reference) (*pack, error) {
-	for {
-		s.mu.Lock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ctx.Err() == nil {
 		p := s.known(root, ref)
 		if root == (eris.Reference{}) {
 			root = ref
 		}
-		lacks := p == nil && time.Since(s.missing[root]) < missingAge
-		if p == nil && !lacks && (len(s.packs) < maxPacks || s.drop()) {
+		if p == nil && time.Since(s.missing[root]) < missingAge {
+			return nil, eris.ErrNotFound
+		}
+		if p == nil && (len(s.packs) < maxPacks || s.drop()) {
 			p = s.begin(root)
 		}
 		if p != nil {
 			s.uses++
 			p.used = s.uses
 			p.users++
-		}
-		left := s.left
-		s.mu.Unlock()
-		switch {
-		case lacks:
-			return nil, eris.ErrNotFound
-		case p != nil:
 			return p, nil
 		}
-		select {
-		case <-left:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
+		stop := context.AfterFunc(ctx, s.wake)
+		s.left.Wait()
+		stop()
 	}
+	return nil, context.Cause(ctx)
+}
+
+// wake has what waits for a pack look again. Called without the lock.
+func (s *Store) wake() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left.Broadcast()
 }
 
 // known returns the pack with a root; or if that is not known, one in memory that has the block, or
@@ -263,7 +264,7 @@ func (s *Store) failed(root eris.Reference, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.packs, root)
-	s.signal()
+	s.left.Broadcast()
 	if !errors.Is(err, eris.ErrNotFound) {
 		return
 	}
@@ -301,11 +302,6 @@ func (s *Store) leave(p *pack) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if p.users--; p.users == 0 {
-		s.signal()
+		s.left.Broadcast()
 	}
-}
-
-func (s *Store) signal() {
-	close(s.left)
-	s.left = make(chan struct{})
 }
