@@ -34,9 +34,6 @@ const (
 	// A peer may send so many messages at once that are of no use to us, and so many more per tick
 	// and per message that is.
 	uselessMessages, uselessPerTick, uselessPerUseful = 1024, 64, 4
-
-	// deliveryBatch is how many answers are matched to their exchanges in one hold of the lock.
-	deliveryBatch = 64
 )
 
 // Config says how a [Conn] behaves.
@@ -122,8 +119,8 @@ type Conn struct {
 	part     int  // bytes of the message that is not whole, if it is awaited
 	slow     bool // no message has become whole by what came last
 	incoming Request
-	started  bool // the first message has come
-	batch    []delivery
+	started  bool     // the first message has come
+	answer   Response // that is being read
 }
 
 // NewConn makes a connection of a stream, which is the Conn's from then on. If there is none yet,
@@ -495,32 +492,12 @@ func (c *Conn) setReceiving(receiving bool) {
 	}
 }
 
-// delivery is a response that is in the buffer of the reader.
-type delivery struct {
-	token    Token
-	code     codes.Code
-	response Response
-	payload  []byte
-	fresh    int // bytes of the payload that have not been counted
-	exchange *Exchange
-}
-
 // read takes messages until the connection fails or the peer breaks the protocol. It returns
 // ErrReleased if the end was agreed.
 func (c *Conn) read() error {
-	c.batch = make([]delivery, 0, deliveryBatch)
 	for {
-		err := c.readBuffered()
-		if e := c.deliver(); err == nil {
-			err = e
-		}
-		if err != nil {
+		if err := c.readBuffered(); err != nil {
 			return err
-		}
-		full := len(c.batch) == cap(c.batch)
-		c.batch = c.batch[:0]
-		if full {
-			continue
 		}
 		c.dry()
 		if err := c.reader.fill(); errors.Is(err, os.ErrDeadlineExceeded) {
@@ -531,10 +508,9 @@ func (c *Conn) read() error {
 	}
 }
 
-// readBuffered takes the messages that are in the buffer. Responses are collected in the batch,
-// until it is full.
+// readBuffered takes the messages that are in the buffer.
 func (c *Conn) readBuffered() error {
-	for len(c.batch) < cap(c.batch) {
+	for {
 		head, body, ok, err := c.reader.next()
 		switch {
 		case err != nil:
@@ -562,7 +538,6 @@ func (c *Conn) readBuffered() error {
 			return err
 		}
 	}
-	return nil
 }
 
 // begun takes note of how many bytes there are of a message that is not whole. A sign of life is
@@ -584,53 +559,34 @@ func (c *Conn) receive(code codes.Code, bytes int) {
 	}
 }
 
-// response adds a response to the batch.
-func (c *Conn) response(head Head, body []byte) (err error) {
-	n := len(c.batch)
-	d := &c.batch[:n+1][n]
-	d.token, d.code = head.Token, head.Code
-	if d.payload, err = parseResponse(body, &d.response); err != nil {
+// response hands a response to its exchange.
+func (c *Conn) response(head Head, body []byte) error {
+	response := &c.answer
+	payload, err := parseResponse(body, response)
+	if err != nil {
 		return &protocolError{error: err}
 	}
-	d.fresh = max(0, len(d.payload)-c.part)
-	c.batch = c.batch[:n+1]
-	return nil
-}
-
-// deliver hands responses to their exchanges.
-func (c *Conn) deliver() error {
-	if len(c.batch) == 0 {
-		return nil
-	}
-	known := 0
+	var x *Exchange
 	c.Lock()
-	for i := range c.batch {
-		d := &c.batch[i]
-		s, ok := c.find(d.token)
-		if !ok {
-			continue
+	if s, known := c.find(head.Token); known {
+		c.receive(head.Code, max(0, len(payload)-c.part))
+		delete(c.sent, uint32(head.Token.Value))
+		if x = s.exchange; x != nil {
+			x.state = exchangeTaken
 		}
-		known++
-		c.receive(d.code, d.fresh)
-		delete(c.sent, uint32(d.token.Value))
-		if d.exchange = s.exchange; d.exchange != nil {
-			d.exchange.state = exchangeTaken
-		}
+		err = c.count(1, 0)
+	} else {
+		err = c.count(0, 1)
 	}
 	c.receiving = false
-	err := c.count(known, len(c.batch)-known)
 	if err == nil {
 		err = c.over()
 	}
 	c.Unlock()
-	for i := range c.batch {
-		d := &c.batch[i]
-		if x := d.exchange; x != nil {
-			x.answer(d.code, &d.response, d.payload)
-			x.Err = nil
-			x.Done(x)
-		}
-		d.exchange, d.payload = nil, nil
+	if x != nil {
+		x.answer(head.Code, response, payload)
+		x.Err = nil
+		x.Done(x)
 	}
 	return err
 }
