@@ -102,8 +102,7 @@ func newStore(u storeurl.URL, name string, options Options) *Store {
 func OfConnection(conn *wire.Conn, name string) *Store {
 	s := newStore(storeurl.URL{Scheme: "coap+tcp", Get: true, Segments: wire.WellKnownPath()}, name, Options{HopLimit: 1})
 	s.main.closed = true // it makes no other
-	c := connection(conn)
-	s.main.present.Store(&c)
+	s.main.present = conn
 	return s
 }
 
@@ -122,11 +121,10 @@ func (s *Store) Progress() int64 { return s.received.Load() }
 // requested on another one.
 func (s *Store) Renew() {
 	s.main.mu.Lock()
-	c := s.main.present.Load()
-	given := s.main.closed
+	c, given := s.main.present, s.main.closed
 	s.main.mu.Unlock()
 	if c != nil && !given {
-		(*c).Close(errRenewed)
+		c.Close(errRenewed)
 	}
 }
 

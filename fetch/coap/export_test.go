@@ -12,4 +12,4 @@ func WithBackoff(o Options, first time.Duration) Options {
 }
 
 // SetConnection has a store use a connection.
-func SetConnection(s *Store, c connection) { s.main.present.Store(&c) }
+func SetConnection(s *Store, c connection) { s.main.present = c }

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"net"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -39,12 +38,12 @@ type connection interface {
 
 // link makes a connection when it is needed, and again when that has failed.
 type link struct {
-	store   *Store
-	group   sync.WaitGroup
-	present atomic.Pointer[connection]
+	store *Store
+	group sync.WaitGroup
 
 	mu      sync.Mutex
-	closed  bool // there will be no other connection
+	present connection // nil if there is none
+	closed  bool       // there will be no other connection
 	backoff backoff.Backoff
 	err     error // why the last connection is over
 }
@@ -66,9 +65,9 @@ func (s *Store) newLink() *link {
 func (l *link) get() (connection, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c := l.present.Load(); c != nil {
-		if _, err := (*c).State(); err == nil {
-			return *c, nil
+	if c := l.present; c != nil {
+		if _, err := c.State(); err == nil {
+			return c, nil
 		}
 		l.retire(c)
 	}
@@ -86,7 +85,7 @@ func (l *link) get() (connection, error) {
 		}
 		return conn, nil
 	})
-	l.present.Store(&c)
+	l.present = c
 	// Also when the peer lets it end, and there is another one.
 	stop := context.AfterFunc(l.store.ctx, func() { c.Release(0, fetch.ErrClosed) })
 	l.group.Go(func() {
@@ -94,18 +93,18 @@ func (l *link) get() (connection, error) {
 		stop()
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		l.retire(&c)
+		l.retire(c)
 	})
 	return c, nil
 }
 
 // retire takes note that a connection is over. The lock must be held.
-func (l *link) retire(c *connection) {
-	if l.present.Load() != c {
+func (l *link) retire(c connection) {
+	if l.present != c {
 		return
 	}
-	l.present.Store(nil)
-	answered, err := (*c).State()
+	l.present = nil
+	answered, err := c.State()
 	if answered {
 		l.backoff.Succeed()
 		return

@@ -73,14 +73,13 @@ func (q *request) start(r *fetch.Request) {
 
 // connect begins the first exchange, or the first on a new connection.
 func (q *request) connect() {
-	var c connection
-	if present := q.store.main.present.Load(); present != nil {
-		c = *present
-	}
-	for c == nil || !q.send(c, q.exchange) {
-		var err error
-		if c, err = q.store.main.get(); err != nil {
+	for {
+		c, err := q.store.main.get()
+		if err != nil {
 			q.end(0, err)
+			return
+		}
+		if q.send(c, q.exchange) {
 			return
 		}
 	}
