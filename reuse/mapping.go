@@ -71,12 +71,7 @@ func Replacements(old, new string, oldRefs, newRefs []string) []Replacement {
 
 // without returns refs less those that are in others and the item itself, in order.
 func without(refs, others []string, itself string) []string {
-	var rest []string
-	for _, r := range refs {
-		if r != itself && !slices.Contains(others, r) {
-			rest = append(rest, r)
-		}
-	}
+	rest := slices.DeleteFunc(slices.Clone(refs), func(r string) bool { return r == itself || slices.Contains(others, r) })
 	slices.Sort(rest)
 	return slices.Compact(rest)
 }

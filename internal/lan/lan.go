@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -77,14 +78,11 @@ func respond(ctx context.Context, c dnssd.Config) error {
 const goodbye = 2 * time.Second
 
 // interfaces returns those on which there may be others.
-func interfaces() (usable []net.Interface) {
+func interfaces() []net.Interface {
 	all, _ := net.Interfaces()
-	for _, i := range all {
-		if i.Flags&net.FlagUp != 0 && i.Flags&net.FlagMulticast != 0 && i.Flags&net.FlagLoopback == 0 {
-			usable = append(usable, i)
-		}
-	}
-	return usable
+	return slices.DeleteFunc(all, func(i net.Interface) bool {
+		return i.Flags&(net.FlagUp|net.FlagMulticast|net.FlagLoopback) != net.FlagUp|net.FlagMulticast
+	})
 }
 
 // Instructions of a filter (Linux, Documentation/networking/filter.rst), and where it finds the

@@ -170,12 +170,8 @@ func (s *Server) rates(f Figure) (rates [minutes]float64) {
 // and was not passed on by a proxy that says so, or that speaks HTTP/1.0, as nginx does where
 // nothing else is set, which says nothing of its clients.
 func OnThisMachine(r *http.Request) bool {
-	for _, header := range []string{"Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip"} {
-		if r.Header.Get(header) != "" {
-			return false
-		}
-	}
-	if !r.ProtoAtLeast(1, 1) {
+	said := func(header string) bool { return r.Header.Get(header) != "" }
+	if !r.ProtoAtLeast(1, 1) || slices.ContainsFunc([]string{"Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip"}, said) {
 		return false
 	}
 	remote, err := netip.ParseAddrPort(r.RemoteAddr)
