@@ -106,16 +106,13 @@ const (
 	Arrow             // what follows from it
 )
 
-func (p *Page) mark(m Mark) string {
-	if p.unicode {
-		return [...]string{"·", "✓", "✗", "→"}[m]
-	}
-	return [...]string{"-", "ok", "!!", "=>"}[m]
-}
-
 // Say adds a paragraph that begins with a mark, with further lines below the text.
 func (p *Page) Say(indent int, m Mark, format string, a ...any) {
-	p.paragraph(strings.Repeat(" ", indent)+p.mark(m)+" ", fmt.Sprintf(format, a...))
+	marks := [...]string{"-", "ok", "!!", "=>"}
+	if p.unicode {
+		marks = [...]string{"·", "✓", "✗", "→"}
+	}
+	p.paragraph(strings.Repeat(" ", indent)+marks[m]+" ", fmt.Sprintf(format, a...))
 }
 
 // Line adds a paragraph.
