@@ -4,6 +4,7 @@ package items
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -125,7 +126,7 @@ func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx con
 	ticker := time.NewTicker(period)
 	defer ticker.Stop()
 	seen, items := "", -1
-	var failure string
+	var failure error // the last time
 	for {
 		if now := stamp(); now != seen || t.changed.Load() {
 			list, err := names(ctx)
@@ -136,12 +137,10 @@ func (t *Table) Run(ctx context.Context, stamp func() string, names func(ctx con
 			if ctx.Err() != nil {
 				return
 			}
-			if err != nil && err.Error() != failure {
+			if err != nil && fmt.Sprint(err) != fmt.Sprint(failure) {
 				t.log("%v", err)
-				failure = err.Error()
-			} else if err == nil {
-				failure = ""
 			}
+			failure = err
 			if s := t.Stats(); s.Items != items {
 				items = s.Items
 				shared(s)

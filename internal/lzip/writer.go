@@ -11,11 +11,9 @@ import (
 	"github.com/ulikunitz/xz/lzma"
 )
 
-const (
-	// leastDictionary is the logarithm of the dictionary's size at level 0; each level doubles it,
-	// up to 32 MiB.
-	leastDictionary, mostDictionary = 18, 25
-)
+// leastDictionary is the logarithm of the dictionary's size at level 0; each level doubles it, up
+// to 32 MiB.
+const leastDictionary, mostDictionary = 18, 25
 
 // A Writer compresses what is written to it, as one member of lzip
 // (https://www.nongnu.org/lzip/manual/lzip_manual.html#File-format). It makes the same bytes each
