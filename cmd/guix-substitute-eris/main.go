@@ -120,7 +120,7 @@ func rootCommand(completing bool) *cobra.Command {
 	root.SetFlagErrorFunc(message.Option)
 	root.Args = cobra.ArbitraryArgs
 	words := map[string][]string{ // as values of options
-		"policy": session.Policies, "layout": {"sharded", "flat"}, "way": {"extension", "program"},
+		"policy": session.Policies(), "layout": {"sharded", "flat"}, "way": {"extension", "program"},
 		"log-format": {"text", "json"}, "compression": {"none", "gzip", "lzip", "zstd"},
 	}
 	completeOptions(root, words, completing)

@@ -178,13 +178,15 @@ func (s *Settings) Adopt(options protocol.Options) {
 
 func silent() *protocol.Log { return protocol.NewLog(io.Discard, protocol.LogStyle{}) }
 
-// Policies are the names of policies.
-var Policies = []string{"eris-first", "eris-only", "fastest", "http-first", "http-only"}
+// Policies returns the names of policies, in the order of the alphabet.
+func Policies() []string {
+	return []string{"eris-first", "eris-only", "fastest", "http-first", "http-only"}
+}
 
 // policyOf returns the policy of a name, of which none is none.
 func policyOf(name string) (substitute.Policy, error) {
-	if name != "" && !slices.Contains(Policies, name) {
-		return "", errors.New(message.Unknown("policy", name, Policies))
+	if name != "" && !slices.Contains(Policies(), name) {
+		return "", errors.New(message.Unknown("policy", name, Policies()))
 	}
 	return substitute.Policy(name), nil
 }
