@@ -152,10 +152,12 @@ func checkEntries(ctx context.Context, tx *bbolt.Tx) error {
 	return nil
 }
 
-// checkPages checks that each page of the index has something of it, once, or is free: bbolt writes
-// to those that it takes for free. (bbolt's internal/common: a page begins with its number, flags,
-// of which the first is that of a branch, how many elements there are, and how many pages more it
-// takes; an element of a branch has 16 bytes, of which the last 8 are the number of a page.)
+// checkPages checks that each page of the index has something of it, once, or is free, for bbolt
+// writes to those that it takes for free; and that each begins with the key by which a branch leads
+// to it, for by that key bbolt looks for what it puts another page in place of. (bbolt's
+// internal/common: a page begins with its number, flags, of which the first is that of a branch,
+// how many elements there are, and how many pages more it takes. An element has 16 bytes; the last
+// 8 of one of a branch are the number of a page.)
 func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 	f, err := os.Open(tx.DB().Path())
 	if err != nil {
@@ -164,10 +166,14 @@ func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 	defer f.Close()
 	b := make([]byte, tx.DB().Info().PageSize)
 	used := make([]bool, tx.Size()/int64(len(b)))
-	todo := []uint64{uint64(tx.Cursor().Bucket().RootPage())}
+	type edge struct {
+		page uint64
+		key  []byte // nil if it is the first page of a bucket
+	}
+	todo := []edge{{page: uint64(tx.Cursor().Bucket().RootPage())}}
 	err = tx.ForEach(func(_ []byte, bucket *bbolt.Bucket) error {
 		if root := bucket.RootPage(); root != 0 { // or it is in the page of the root
-			todo = append(todo, uint64(root))
+			todo = append(todo, edge{page: uint64(root)})
 		}
 		return nil
 	})
@@ -175,7 +181,7 @@ func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 		return err
 	}
 	for len(todo) > 0 {
-		page := todo[len(todo)-1]
+		page, key := todo[len(todo)-1].page, todo[len(todo)-1].key
 		todo = todo[:len(todo)-1]
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -190,9 +196,12 @@ func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 			}
 			used[i] = true
 		}
-		if b[8]&1 != 0 {
+		if key != nil && !bytes.Equal(keyOf(b, 0), key) {
+			return fmt.Errorf("%w: page %d does not begin with the key %x", ErrDamaged, page, key)
+		}
+		if isBranch(b) {
 			for i := range int(binary.NativeEndian.Uint16(b[10:])) {
-				todo = append(todo, binary.NativeEndian.Uint64(b[16+16*i+8:]))
+				todo = append(todo, edge{binary.NativeEndian.Uint64(b[16+16*i+8:]), bytes.Clone(keyOf(b, i))})
 			}
 		}
 	}
@@ -213,4 +222,18 @@ func checkPages(ctx context.Context, tx *bbolt.Tx) error {
 		return fmt.Errorf("%w: there are %d lists of free pages", ErrDamaged, lists)
 	}
 	return nil
+}
+
+func isBranch(page []byte) bool { return page[8]&1 != 0 }
+
+// keyOf returns the key of an element of a page: it says how far behind itself that is, and how
+// long; before that an element of a leaf has four bytes more.
+func keyOf(page []byte, i int) []byte {
+	element := page[16+16*i:]
+	place := element
+	if !isBranch(page) {
+		place = element[4:]
+	}
+	key := element[binary.NativeEndian.Uint32(place):]
+	return key[:binary.NativeEndian.Uint32(place[4:])]
 }

@@ -258,34 +258,50 @@ func TestDamagedFreeList(t *testing.T) {
 	}
 }
 
-// TestCyclicIndex has a page of the index be its own child, after a crash: that is found before
-// anybody follows the pages.
-func TestCyclicIndex(t *testing.T) {
+// TestDamagedBranch has a page of the index lead to itself, or say of another one that it begins
+// with another key, after a crash: that is found before anybody follows the pages, or adds to them.
+func TestDamagedBranch(t *testing.T) {
 	template, _ := damageTemplate(t)
-	directory := t.TempDir()
-	writeFiles(t, directory, template)
-	index, err := openIndex(filepath.Join(directory, indexName))
+	parent := t.TempDir()
+	writeFiles(t, parent, template)
+	index, err := openIndex(filepath.Join(parent, indexName))
 	must(t, err)
-	var branch int
+	var page, elements int
 	must(t, index.View(func(tx *bbolt.Tx) error {
-		for info, err := tx.Page(branch); info.Type != "branch"; info, err = tx.Page(branch) {
+		info, err := tx.Page(page)
+		for ; info.Type != "branch"; info, err = tx.Page(page) {
 			must(t, err)
-			branch++
+			page++
 		}
+		elements = info.Count
 		return nil
 	}))
 	must(t, index.Close())
-	damaged := bytes.Clone(template[indexName])
-	binary.NativeEndian.PutUint64(damaged[branch*os.Getpagesize()+16+8:], uint64(branch))
-	writeFiles(t, directory, map[string][]byte{indexName: damaged})
-	must(t, os.Remove(filepath.Join(directory, sumName)))
-	s, err := Open(directory, Options{})
-	must(t, err)
-	ref, block := testBlock(1000, eris.BlockSize1KiB)
-	if err := s.Put(t.Context(), ref, block); !errors.Is(err, ErrDamaged) {
-		t.Errorf("%v instead of ErrDamaged", err)
+	damage := func(name string, change func(branch []byte)) {
+		t.Run(name, func(t *testing.T) {
+			directory := filepath.Join(parent, name)
+			must(t, os.Mkdir(directory, 0o700))
+			writeFiles(t, directory, template)
+			index := bytes.Clone(template[indexName])
+			change(index[page*os.Getpagesize():])
+			writeFiles(t, directory, map[string][]byte{indexName: index})
+			must(t, os.Remove(filepath.Join(directory, sumName)))
+			s, err := Open(directory, Options{})
+			must(t, err)
+			ref, block := testBlock(1000, eris.BlockSize1KiB)
+			if err := s.Put(t.Context(), ref, block); !errors.Is(err, ErrDamaged) {
+				t.Errorf("%v instead of ErrDamaged", err)
+			}
+			s.Close() // may or may not say something
+		})
 	}
-	s.Close() // may or may not say something
+	damage("child", func(branch []byte) { binary.NativeEndian.PutUint64(branch[16+8:], uint64(page)) })
+	for i := range elements {
+		damage(fmt.Sprint("key-", i), func(branch []byte) {
+			element := branch[16+16*i:]
+			element[binary.NativeEndian.Uint32(element)+20]-- // of its key: no other is in between
+		})
+	}
 }
 
 // What keeps a store from being opened at all is damage, too, and Rebuild mends it.
