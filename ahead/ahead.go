@@ -45,10 +45,9 @@ const (
 
 // Options says how [Ahead] works.
 type Options struct {
-	StoreDir string   // the store directory, an absolute file name
-	Session  *Session // of the daemon process; nil stages nothing
-	Items    int      // how many items are staged at most
-	Bytes    int64    // the sum of their NarSize at most
+	Session *Session // of the daemon process; nil stages nothing
+	Items   int      // how many items are staged at most
+	Bytes   int64    // the sum of their NarSize at most
 	// AtOnce returns how many items are restored at the same time at most; they are fewer where
 	// many fail. It must not wait.
 	AtOnce  func() int
@@ -108,7 +107,7 @@ func New(restorer *substitute.Substituter, o Options) *Ahead {
 	a := &Ahead{o: o, restorer: restorer, kick: make(chan struct{}, 1), staged: map[string]*staged{}, limit: atOnceAtFirst, step: 1}
 	a.ctx, a.cancel = context.WithCancel(context.Background())
 	a.plan = newPlan(exists)
-	a.stage.store = o.StoreDir
+	a.stage.store = restorer.StoreDir
 	if o.Session != nil {
 		a.stage.name = filepath.Base(o.Session.path)
 		a.group.Go(a.run)
@@ -360,7 +359,7 @@ func (a *Ahead) fill() bool {
 		return false
 	}
 	// Running items need the room for themselves.
-	if room, err := files.RoomIn(a.o.StoreDir); a.err != nil || err != nil || !room.Holds(a.o.Bytes+size) {
+	if room, err := files.RoomIn(a.stage.store); a.err != nil || err != nil || !room.Holds(a.o.Bytes+size) {
 		return false
 	}
 	if err := a.stage.open(); err != nil {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -45,7 +46,8 @@ type narWay struct {
 
 // narURL returns where something is that a narinfo offers, or why it cannot be had.
 func narURL(r record, value string) (string, error) {
-	url, err := narinfo.ResolveURL(r.server.base, value)
+	base, _, _ := strings.Cut(r.server.url, "?") // as narinfos are requested
+	url, err := narinfo.ResolveURL(base, value)
 	if err == nil {
 		err = mirror.CheckURL(url)
 	}

@@ -147,11 +147,10 @@ func New(c Config) *Substituter {
 	s.sayIgnored()
 	for _, url := range c.URLs {
 		if mirror.CheckURL(url) == nil {
-			base, _, _ := strings.Cut(url, "?") // as narinfos are requested
 			server := &server{
 				vain: backoff.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
 				slow: backoff.Backoff{Min: 10 * time.Second, Max: time.Minute},
-				url:  url, base: base, name: mirror.WithoutUser(url), index: len(s.servers), state: c.State,
+				url:  url, name: mirror.WithoutUser(url), index: len(s.servers), state: c.State,
 			}
 			known := c.State.Get(narsOf(url))
 			server.vain.Resume(known.Rest, known.Rests)
@@ -185,7 +184,6 @@ func (s *Substituter) SetKeys(keys *acl.ACL) {
 // A server is a substitute server.
 type server struct {
 	url   string
-	base  string // what relative URLs of nars are appended to
 	name  string // the URL without what may be a password
 	index int    // in the order of preference
 	state *sourcestate.State

@@ -321,10 +321,9 @@ func (s *Settings) daemonSession() *ahead.Session {
 func (s *Settings) ahead(sub *Session) *ahead.Ahead {
 	bytes, _ := bytesize.Parse(s.file.AheadBytes) // which settings.Read has looked at
 	return ahead.New(sub.Substituter, ahead.Options{
-		StoreDir: s.Store,
-		Session:  s.daemonSession(),
-		Items:    s.aheadItems(),
-		Bytes:    bytes,
+		Session: s.daemonSession(),
+		Items:   s.aheadItems(),
+		Bytes:   bytes,
 		AtOnce: func() int {
 			if sub.Mirrors.Closing() {
 				return atOnceOfClosing
