@@ -36,8 +36,6 @@ type EncodeOptions struct {
 type Result struct {
 	// Capability denotes the index.
 	Capability eris.ReadCapability
-	// Index is what it denotes.
-	Index *Index
 	// NarHash is the SHA-256 of the archive of the tree, and NarSize its length in bytes.
 	NarHash [sha256.Size]byte
 	NarSize uint64
@@ -69,22 +67,20 @@ func Encode(ctx context.Context, nodes nar.Nodes, sink eris.Sink, o EncodeOption
 	if err := group.Wait(); err != nil {
 		return Result{}, err
 	}
-	r := Result{NarHash: e.sum, NarSize: e.hash.Size()}
 	entries := make([]Entry, len(e.entries))
 	for i, p := range e.entries {
 		entries[i] = *p
 	}
 	index := EncodeIndex(entries)
-	var err error
-	if r.Index, err = verify(index, entries, r.NarSize); err != nil {
+	if err := verify(index, entries, e.hash.Size()); err != nil {
 		return Result{}, fmt.Errorf("the index does not describe the tree: %w", err)
 	}
-	r.Capability, err = eris.Encode(ctx, bytes.NewReader(index), sink,
+	c, err := eris.Encode(ctx, bytes.NewReader(index), sink,
 		eris.EncodeOptions{BlockSize: eris.BlockSizeFor(int64(len(index))), Secret: o.Secret, Workers: o.Workers})
 	if err != nil {
 		return Result{}, fmt.Errorf("index: %w", err)
 	}
-	return r, nil
+	return Result{c, e.sum, e.hash.Size()}, nil
 }
 
 type encoder struct {
@@ -215,22 +211,22 @@ func (r *contentsReader) Read(p []byte) (int, error) {
 
 // verify reads an index back, as whoever fetches it will, and compares it with the files and links
 // of the walk, in their order, from which all directories follow.
-func verify(index []byte, entries []Entry, narSize uint64) (*Index, error) {
+func verify(index []byte, entries []Entry, narSize uint64) error {
 	limits := Limits{NarSize: max(narSize, 1<<20)}
 	if len(entries) > maxEntries || int64(len(index)) > limits.IndexLength() {
-		return nil, fmt.Errorf("%w: it has too many paths, or too long ones", ErrNotRepresentable)
+		return fmt.Errorf("%w: it has too many paths, or too long ones", ErrNotRepresentable)
 	}
 	x, err := Decode(index, limits)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if x.Len() != len(entries) {
-		return nil, fmt.Errorf("%d entries instead of %d", x.Len(), len(entries))
+		return fmt.Errorf("%d entries instead of %d", x.Len(), len(entries))
 	}
 	for i, want := range entries {
 		if x.Entry(i) != want {
-			return nil, fmt.Errorf("entry %.300q is another one", want.Path)
+			return fmt.Errorf("entry %.300q is another one", want.Path)
 		}
 	}
-	return x, nil
+	return nil
 }

@@ -126,8 +126,11 @@ func TestExamples(t *testing.T) {
 			b := sourcetest.NewBackend()
 			r, err := erisfs.Encode(context.Background(), nar.NewTree(path), b.Put, erisfs.EncodeOptions{})
 			must(t, err)
-			if got := hex.EncodeToString(erisfs.EncodeIndex(entriesOf(r.Index))); got != e.index {
-				t.Errorf("index %s, want %s", got, e.index)
+			stored, err := content.Open(t.Context(), source(t, b), r.Capability, 1<<20, fetch.Window{})
+			must(t, err)
+			defer stored.Close()
+			if got, err := io.ReadAll(stored); err != nil || hex.EncodeToString(got) != e.index {
+				t.Errorf("index %x, error %v, want %s", got, err, e.index)
 			}
 			if got := r.Capability.URN(); got != e.urn {
 				t.Errorf("URN %s, want %s", got, e.urn)
