@@ -85,7 +85,7 @@ func (p *plan) add(item substitute.Item) {
 }
 
 func (p *plan) becomesReady(i *planned) {
-	at, _ := slices.BinarySearchFunc(p.ready, i, func(a, b *planned) int { return compare(a.Path, b.Path) })
+	at, _ := slices.BinarySearchFunc(p.ready, i, compare)
 	p.ready = slices.Insert(p.ready, at, i)
 }
 
@@ -138,8 +138,8 @@ func (p *plan) next() (substitute.Item, bool) {
 	return substitute.Item{}, false
 }
 
-// compare compares the keys of two goals, each of which is "a$NAME$PATH".
-func compare(a, b string) int { return cmp.Compare(name(a)+"$"+a, name(b)+"$"+b) }
+// compare compares the keys of the goals of two items, each of which is "a$NAME$PATH".
+func compare(a, b *planned) int { return cmp.Compare(name(a.Path)+"$"+a.Path, name(b.Path)+"$"+b.Path) }
 
 // name returns the name of a store item, which stands behind the hash.
 func name(file string) string {

@@ -229,7 +229,7 @@ func (d *decoder) key(e *Entry) {
 		d.fail("a path is a text string, where an array of names is expected")
 	}
 	count := d.head(majorArray)
-	if count > nar.MaxPath/2+1 {
+	if count > nar.MaxDepth+1 {
 		d.fail("path of %d names", count)
 		return
 	}
