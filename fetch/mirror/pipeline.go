@@ -187,9 +187,6 @@ func (p *peer) use(conn *connection) (again bool) {
 
 // release gives the answers that are older than all that is under way.
 func (x *exchange) release() {
-	if len(x.held) == 0 {
-		return // as nearly always
-	}
 	x.p.mu.Lock()
 	n := max(0, len(x.held)-len(x.unanswered))
 	x.p.mu.Unlock()

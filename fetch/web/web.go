@@ -384,11 +384,8 @@ func (s *Store) do(ctx context.Context, o outgoing, handle func(r *http.Response
 // request makes a request. Only the server of the store gets the user name and password, or a
 // signature.
 func (s *Store) request(o outgoing, u *url.URL) (*http.Request, error) {
-	r := &http.Request{Method: o.method, URL: u, Host: u.Host, Header: s.header, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}
+	r := &http.Request{Method: o.method, URL: u, Host: u.Host, Header: s.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}
 	own := sameServer(u, s.base)
-	if own && (s.url.User != nil || s.sign != nil) || o.body != nil || o.bytes != "" {
-		r.Header = s.header.Clone()
-	}
 	if own && s.url.User != nil {
 		password, _ := s.url.User.Password()
 		r.SetBasicAuth(s.url.User.Username(), password)

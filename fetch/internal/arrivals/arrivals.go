@@ -25,8 +25,7 @@ type Queue[T any] struct {
 
 	mu     sync.Mutex
 	wake   sync.Cond
-	items  []T // from head on
-	head   int
+	items  []T
 	kicked bool // there is something else to do
 	closed bool
 }
@@ -67,21 +66,17 @@ func (q *Queue[T]) Close() {
 func (q *Queue[T]) Take(batch []T) (n int, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for q.head == len(q.items) && !q.kicked {
+	for len(q.items) == 0 && !q.kicked {
 		if q.closed {
 			return 0, false
 		}
 		q.wake.Wait()
 	}
 	q.kicked = false
-	var none T
-	for bytes := 0; n < len(batch) && q.head < len(q.items) && bytes < batchBytes; n++ {
-		batch[n], q.items[q.head] = q.items[q.head], none
-		q.head++
+	for bytes := 0; n < min(len(batch), len(q.items)) && bytes < batchBytes; n++ {
+		batch[n] = q.items[n]
 		bytes += int(q.size(batch[n]))
 	}
-	if q.head > len(q.items)/2 {
-		q.items, q.head = slices.Delete(q.items, 0, q.head), 0
-	}
+	q.items = slices.Delete(q.items, 0, n)
 	return n, true
 }
