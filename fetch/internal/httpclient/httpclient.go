@@ -225,14 +225,6 @@ func (c *Client) Close() {
 // connection was lost; see [turns.Turns.Retry].
 func (c *Client) Retry(ctx context.Context, f func() error) error { return c.turns.Retry(ctx, f) }
 
-// resting returns why no request is made at present, or nil.
-func (c *Client) resting() error {
-	if c.ctx.Err() != nil {
-		return fetch.ErrClosed
-	}
-	return c.turns.Resting()
-}
-
 // unreachable has the server rest for the longer the longer it took to connect, so that a host that
 // does not answer takes a small part of the time; but not if it has answered lately, for the line
 // may be away for a moment.
@@ -255,7 +247,7 @@ func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *h
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err := c.resting(); err != nil {
+	if err := c.turns.Resting(); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -296,7 +288,7 @@ func (c *Client) enter(ctx context.Context) (pass func(), err error) {
 		pass()
 		return pass, nil
 	}
-	if err := c.resting(); err != nil { // which may have begun meanwhile
+	if err := c.turns.Resting(); err != nil { // which may have begun meanwhile
 		pass()
 		return nil, err
 	}

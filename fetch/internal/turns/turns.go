@@ -160,6 +160,9 @@ func (t *Turns) end(answered int, busy *fetch.BusyError, unanswered bool) (other
 
 // Resting returns why no request is made at present, or nil.
 func (t *Turns) Resting() error {
+	if t.open.Err() != nil {
+		return fetch.ErrClosed
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	left := t.rest.Rest(time.Now())
