@@ -71,7 +71,6 @@ const (
 // use.
 type State struct {
 	path string
-	now  func() time.Time
 
 	mu      sync.Mutex
 	known   file
@@ -80,14 +79,11 @@ type State struct {
 
 // Open reads the file at path. If there is none, or it makes no sense, nothing is known. An empty
 // path stands for a State that is not kept.
-func Open(path string) *State { return open(path, time.Now) }
-
-func open(path string, now func() time.Time) *State {
-	s := &State{path: path, now: now, known: parse(nil, now())}
-	if path != "" {
-		s.known = read(path, now())
+func Open(path string) *State {
+	if path == "" {
+		return &State{known: parse(nil)}
 	}
-	return s
+	return &State{path: path, known: read(path)}
 }
 
 // key hides the URL.
@@ -100,7 +96,7 @@ func key(url string) string {
 func (s *State) Get(url string) Record {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.known.Sources[key(url)].aged(s.now())
+	return s.known.Sources[key(url)].aged(time.Now())
 }
 
 // aged returns what the record says now.
@@ -151,7 +147,7 @@ func (s *State) CountAhead(a Ahead) {
 	if a == (Ahead{Since: a.Since}) {
 		return
 	}
-	now := s.now().Truncate(time.Second).UTC()
+	now := time.Now().Truncate(time.Second).UTC()
 	s.change(func(f *file) {
 		f.Ahead.Staged, f.Ahead.StagedBytes = f.Ahead.Staged+a.Staged, f.Ahead.StagedBytes+a.StagedBytes
 		f.Ahead.Used, f.Ahead.UsedBytes = f.Ahead.Used+a.Used, f.Ahead.UsedBytes+a.UsedBytes
@@ -164,11 +160,11 @@ func (s *State) CountAhead(a Ahead) {
 // ReadAhead returns what a file has counted, also one of another user.
 func ReadAhead(path string) Ahead {
 	b, _ := files.ReadRegular(path, maxFile) // which says nothing if it cannot be read
-	return parse(b, time.Now()).Ahead
+	return parse(b).Ahead
 }
 
 func (s *State) learn(url string, learn func(r *Record, now time.Time)) {
-	k, now := key(url), s.now().Round(time.Millisecond).UTC()
+	k, now := key(url), time.Now().Round(time.Millisecond).UTC()
 	s.change(func(f *file) {
 		r := f.Sources[k].aged(now)
 		learn(&r, now)
@@ -212,7 +208,7 @@ func (s *State) Save() error {
 		return err
 	}
 	defer lock.Close()
-	data := read(s.path, s.now())
+	data := read(s.path)
 	for _, change := range s.changes {
 		change(&data)
 	}
@@ -238,17 +234,18 @@ type file struct {
 const version = 2
 
 // read returns what a file says that this user has written; what cannot be read says nothing.
-func read(path string, now time.Time) file {
+func read(path string) file {
 	b, _ := files.ReadState(path, maxFile)
-	return parse(b, now)
+	return parse(b)
 }
 
 // parse returns what a file says, as far as it makes sense.
-func parse(b []byte, now time.Time) file {
+func parse(b []byte) file {
 	var data file
 	if json.Unmarshal(b, &data) != nil || data.Version != version || len(data.Sources) > maxRecords {
 		return file{Version: version, Sources: map[string]Record{}}
 	}
+	now := time.Now()
 	soon := now.Add(time.Minute) // clocks are set now and then
 	sources := map[string]Record{}
 	for k, r := range data.Sources {

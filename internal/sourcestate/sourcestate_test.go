@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
@@ -21,15 +22,6 @@ var must = testhelp.Must
 
 const url = "coap+tcp://store.example/secret-path"
 
-// clock is a time that tests set.
-type clock struct{ now time.Time }
-
-func (c *clock) Now() time.Time { return c.now }
-
-func (c *clock) pass(d time.Duration) { c.now = c.now.Add(d) }
-
-func newClock() *clock { return &clock{time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)} }
-
 // want checks what is known of the source.
 func want(t *testing.T, s *State, what string, good func(r Record) bool) {
 	t.Helper()
@@ -38,30 +30,32 @@ func want(t *testing.T, s *State, what string, good func(r Record) bool) {
 	}
 }
 
-func TestRemembers(t *testing.T) {
+func TestRemembers(t *testing.T) { synctest.Test(t, testRemembers) }
+
+func testRemembers(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "new", "sources")
-	c := newClock()
-	s := open(path, c.Now)
+	s := Open(path)
 	want(t, s, "unknown", func(r Record) bool { return r == Record{} })
 	s.Measured(url, 10<<20, time.Second, 30*time.Millisecond)
 	must(t, s.Save())
-	c.pass(time.Hour)
-	want(t, open(path, c.Now), "the next process", func(r Record) bool {
-		return r.Rate == 10<<20 && r.RoundTrip == 30*time.Millisecond && r.Updated.Equal(c.Now().Add(-time.Hour))
+	time.Sleep(time.Hour)
+	want(t, Open(path), "the next process", func(r Record) bool {
+		return r.Rate == 10<<20 && r.RoundTrip == 30*time.Millisecond && r.Updated.Equal(time.Now().Add(-time.Hour))
 	})
 	b, err := os.ReadFile(path)
 	if err != nil || bytes.Contains(b, []byte("secret")) || bytes.Contains(b, []byte("example")) {
 		t.Errorf("the file shows the URL: %s, %v", b, err)
 	}
-	c.pass(maxSpeedAge)
-	want(t, open(path, c.Now), "after the age of speeds", func(r Record) bool { return r.Rate == 0 && r.RoundTrip == 0 })
-	c.pass(maxAge)
-	want(t, open(path, c.Now), "after the age of records", func(r Record) bool { return r.Updated.IsZero() })
+	time.Sleep(maxSpeedAge)
+	want(t, Open(path), "after the age of speeds", func(r Record) bool { return r.Rate == 0 && r.RoundTrip == 0 })
+	time.Sleep(maxAge)
+	want(t, Open(path), "after the age of records", func(r Record) bool { return r.Updated.IsZero() })
 }
 
-func TestMeasured(t *testing.T) {
-	c := newClock()
-	s := open("", c.Now)
+func TestMeasured(t *testing.T) { synctest.Test(t, testMeasured) }
+
+func testMeasured(t *testing.T) {
+	s := Open("")
 	s.Measured(url, 100, time.Microsecond, 0)
 	want(t, s, "after 100 bytes", func(r Record) bool { return r.Rate == 0 })
 	s.Measured(url, 1e8, time.Second, 20*time.Millisecond)
@@ -70,28 +64,29 @@ func TestMeasured(t *testing.T) {
 	s.Measured(url, 1<<16, time.Second, 30*time.Millisecond)
 	want(t, s, "after a small one", func(r Record) bool { return r.Rate >= 1.4e8 && r.RoundTrip == 20*time.Millisecond })
 	// What is old weighs little, and is then forgotten; but not because nothing else was measured.
-	c.pass(6 * rateHalfLife)
+	time.Sleep(6 * rateHalfLife)
 	s.Measured(url, 4<<20, time.Second, 0)
 	want(t, s, "after an old one", func(r Record) bool { return r.Rate <= 1e7 })
-	c.pass(maxSpeedAge - time.Hour)
+	time.Sleep(maxSpeedAge - time.Hour)
 	s.Measured(url, 0, 0, time.Millisecond)
-	c.pass(2 * time.Hour)
+	time.Sleep(2 * time.Hour)
 	want(t, s, "after a long time", func(r Record) bool { return r.Rate == 0 && r.RoundTrip != 0 })
 }
 
 // TestRests has a source that does not answer.
-func TestRests(t *testing.T) {
+func TestRests(t *testing.T) { synctest.Test(t, testRests) }
+
+func testRests(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sources")
-	c := newClock()
-	s := open(path, c.Now)
-	until := c.Now().Add(time.Minute)
+	s := Open(path)
+	until := time.Now().Add(time.Minute)
 	s.Rests(url, until, 3)
 	must(t, s.Save())
-	s = open(path, c.Now)
+	s = Open(path)
 	want(t, s, "the next process", func(r Record) bool { return r.Rest.Equal(until) && r.Rests == 3 })
 	s.Measured(url, 1<<20, time.Second, 0)
 	must(t, s.Save())
-	want(t, open(path, c.Now), "after it has answered", func(r Record) bool { return r.Rest.IsZero() && r.Rests == 0 })
+	want(t, Open(path), "after it has answered", func(r Record) bool { return r.Rest.IsZero() && r.Rests == 0 })
 }
 
 // TestProcesses has several states learn at the same time.
@@ -124,26 +119,28 @@ func TestProcesses(t *testing.T) {
 }
 
 // TestMerge has two processes learn about one source.
-func TestMerge(t *testing.T) {
+func TestMerge(t *testing.T) { synctest.Test(t, testMerge) }
+
+func testMerge(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sources")
-	c := newClock()
-	one, two := open(path, c.Now), open(path, c.Now)
-	one.Rests(url, c.Now().Add(time.Hour), 1)
-	c.pass(time.Minute)
+	one, two := Open(path), Open(path)
+	one.Rests(url, time.Now().Add(time.Hour), 1)
+	time.Sleep(time.Minute)
 	two.Measured(url, 1e6, time.Second, time.Millisecond)
 	must(t, two.Save())
 	must(t, one.Save())
-	for _, s := range []*State{one, open(path, c.Now)} {
+	for _, s := range []*State{one, Open(path)} {
 		want(t, s, "what either learnt", func(r Record) bool { return r.Rate == 1e6 && r.Rests == 1 })
 	}
 }
 
-func TestBounds(t *testing.T) {
+func TestBounds(t *testing.T) { synctest.Test(t, testBounds) }
+
+func testBounds(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sources")
-	c := newClock()
-	s := open(path, c.Now)
+	s := Open(path)
 	for i := range 5 * maxRecords {
-		c.pass(time.Second)
+		time.Sleep(time.Second)
 		s.Measured(fmt.Sprint(i), 1<<20, time.Second, time.Millisecond)
 	}
 	must(t, s.Save())
@@ -151,7 +148,7 @@ func TestBounds(t *testing.T) {
 	if err != nil || info.Size() > maxFile {
 		t.Fatalf("the file has %d bytes: %v", info.Size(), err)
 	}
-	s = open(path, c.Now)
+	s = Open(path)
 	if len(s.known.Sources) != maxRecords || s.Get(fmt.Sprint(5*maxRecords-1)).Rate == 0 {
 		t.Errorf("%d records, and the last is %+v", len(s.known.Sources), s.Get(fmt.Sprint(5*maxRecords-1)))
 	}
@@ -163,27 +160,29 @@ func TestBadFiles(t *testing.T) {
 	for name, text := range map[string]string{
 		"empty":     "",
 		"cut":       `{"version":2,"sources":{"` + k + `":{"rate":1`,
-		"version":   `{"version":1,"sources":{"` + k + `":{"rate":1,"updated":"2026-04-24T03:06:40Z"}}}`,
-		"rate":      `{"version":2,"sources":{"` + k + `":{"rate":-1,"updated":"2026-04-24T03:06:40Z"}}}`,
-		"huge":      `{"version":2,"sources":{"` + k + `":{"rate":1e300,"updated":"2026-04-24T03:06:40Z"}}}`,
+		"version":   `{"version":1,"sources":{"` + k + `":{"rate":1,"updated":"1999-12-24T03:06:40Z"}}}`,
+		"rate":      `{"version":2,"sources":{"` + k + `":{"rate":-1,"updated":"1999-12-24T03:06:40Z"}}}`,
+		"huge":      `{"version":2,"sources":{"` + k + `":{"rate":1e300,"updated":"1999-12-24T03:06:40Z"}}}`,
 		"future":    `{"version":2,"sources":{"` + k + `":{"rate":1,"updated":"2279-10-26T00:00:00Z"}}}`,
-		"rests":     `{"version":2,"sources":{"` + k + `":{"rest":"2027-04-24T03:06:40Z","rests":9,"updated":"2026-04-24T03:06:40Z"}}}`,
-		"oversized": `{"version":2,"sources":{"` + k + `":{"rate":1,"updated":"2026-04-24T03:06:40Z"}}}` + strings.Repeat(" ", maxFile),
+		"rests":     `{"version":2,"sources":{"` + k + `":{"rest":"2000-12-24T03:06:40Z","rests":9,"updated":"1999-12-24T03:06:40Z"}}}`,
+		"oversized": `{"version":2,"sources":{"` + k + `":{"rate":1,"updated":"1999-12-24T03:06:40Z"}}}` + strings.Repeat(" ", maxFile),
 		"array":     `[]`,
 	} {
-		t.Run(name, func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) { // which begins with the year 2000
 			must(t, os.WriteFile(path, []byte(text), 0o644))
-			s := open(path, newClock().Now)
-			want(t, s, "a bad file", func(r Record) bool { return r == Record{} })
+			s := Open(path)
+			want(t, s, name, func(r Record) bool { return r == Record{} })
 			s.Measured(url, 1<<20, time.Second, 0)
 			must(t, s.Save())
-			want(t, open(path, newClock().Now), "replaced", func(r Record) bool { return r.Rate == 1<<20 })
+			want(t, Open(path), name+", replaced", func(r Record) bool { return r.Rate == 1<<20 })
 		})
 	}
-	good := `{"version":2,"sources":{"` + k + `":{"rate":1,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`
-	if r := parse([]byte(good), newClock().Now()).Sources[k]; r.Rate != 1 {
-		t.Errorf("a good file is not read: %+v", r)
-	}
+	good := `{"version":2,"sources":{"` + k + `":{"rate":1,"measured":"1999-12-24T03:06:40Z","updated":"1999-12-24T03:06:40Z"}}}`
+	synctest.Test(t, func(t *testing.T) {
+		if r := parse([]byte(good)).Sources[k]; r.Rate != 1 {
+			t.Errorf("a good file is not read: %+v", r)
+		}
+	})
 }
 
 func TestSaveFails(t *testing.T) {
@@ -198,11 +197,11 @@ func TestSaveFails(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"rest":"2026-04-24T03:06:40Z","rests":2,"measured":"2026-04-24T03:06:40Z","updated":"2026-04-24T03:06:40Z"}}}`))
+	now := time.Now().UTC().Format(time.RFC3339)
+	f.Add([]byte(`{"version":2,"sources":{"` + key(url) + `":{"rate":1,"round_trip":5,"rest":"` + now + `","rests":2,"measured":"` + now + `","updated":"` + now + `"}}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		now := newClock().Now()
-		for k, r := range parse(b, now).Sources {
-			r = r.aged(now)
+		for k, r := range parse(b).Sources {
+			r = r.aged(time.Now())
 			if len(k) != 32 || !(r.Rate >= 0 && r.Rate < 1e12) || r.RoundTrip < 0 || r.RoundTrip > time.Minute {
 				t.Errorf("record %+v", r)
 			}
@@ -243,7 +242,7 @@ func TestAhead(t *testing.T) {
 	}
 	for _, nonsense := range []string{`"staged":-5`, `"used_bytes":9223372036854775807`, `"since":"9999-01-01T00:00:00Z"`} {
 		text := `{"version":2,"sources":{},"ahead":{"used":1,` + nonsense + `}}`
-		if a := parse([]byte(text), time.Now()).Ahead; a != (Ahead{}) {
+		if a := parse([]byte(text)).Ahead; a != (Ahead{}) {
 			t.Errorf("%s counts %+v", nonsense, a)
 		}
 	}
