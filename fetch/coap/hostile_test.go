@@ -33,7 +33,7 @@ var errHangs = errors.New("the call hangs")
 
 // short are options under which what would take a minute takes a fraction of a second. With them
 // even a good peer may seem to be silent where the machine is busy.
-var short = coap.WithBackoff(coap.Options{RequestTimeout: 100 * time.Millisecond}, time.Millisecond)
+var short = coap.Options{RequestTimeout: 100 * time.Millisecond}
 
 // outcome is what a test wants of a call.
 type outcome int
@@ -451,7 +451,7 @@ func testSilentOnce(t *testing.T) {
 			t.Errorf("error is %v", err)
 		}
 	}
-	falls := openInNetwork(t, coap.WithBackoff(coap.Options{RequestTimeout: 2 * time.Second}, time.Millisecond), func(connection int, p *peer) {
+	falls := openInNetwork(t, coap.Options{RequestTimeout: 2 * time.Second}, func(connection int, p *peer) {
 		if connection > 0 {
 			p.serveBlock(block)
 			return

@@ -19,8 +19,9 @@ import (
 )
 
 const (
-	// maxRest is the longest time for which no connection is tried after failures.
-	maxRest = 30 * time.Second
+	// minRest is how long no connection is tried after the first that failed, about; each further
+	// time is twice as long, up to maxRest.
+	minRest, maxRest = 100 * time.Millisecond, 30 * time.Second
 	// maxRestWait is how long requests wait for the end of that time; if it is longer, they fail.
 	maxRestWait = time.Second
 )
@@ -56,7 +57,7 @@ type dialError struct{ error }
 func (e *dialError) Unwrap() error { return e.error }
 
 func (s *Store) newLink() *link {
-	l := &link{store: s, backoff: backoff.Backoff{Min: s.options.minBackoff, Max: maxRest}}
+	l := &link{store: s, backoff: backoff.Backoff{Min: minRest, Max: maxRest}}
 	s.links = append(s.links, l)
 	return l
 }

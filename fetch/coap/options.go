@@ -39,10 +39,6 @@ type Options struct {
 
 	// Datagram is for coap over UDP: Window, AckTimeout and MaxRetransmit.
 	Datagram wire.EndpointConfig
-
-	// minBackoff is how long no connection is tried after the first that failed; each further time
-	// is twice as long.
-	minBackoff time.Duration
 }
 
 func (o Options) withDefaults() Options {
@@ -50,6 +46,5 @@ func (o Options) withDefaults() Options {
 	o.RequestTimeout = cmp.Or(o.RequestTimeout, 30*time.Second)
 	o.IdleTimeout = cmp.Or(o.IdleTimeout, 5*time.Minute)
 	o.DialTimeout = cmp.Or(o.DialTimeout, 5*time.Second)
-	o.minBackoff = cmp.Or(o.minBackoff, 100*time.Millisecond)
 	return o
 }
