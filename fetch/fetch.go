@@ -2,8 +2,9 @@
 
 // Package fetch says how blocks are asked for. There is one way: whoever wants a block makes a
 // [Request], and starts it with a [Source]. Nothing waits, so that thousands of requests may be
-// under way without a goroutine each. [Get] is that way for callers that want one block and have
-// the time to wait, and [Workers] makes it of a transport whose calls wait.
+// under way without a goroutine each. [Call] is that way for those who cancel requests at any time
+// and use them again, [Get] for callers that want one block and have the time to wait, and
+// [Workers] makes it of a transport whose calls wait.
 //
 // Packages below this one are sources: a transport each (coap, web, dir, dump, ipfs), and the pool
 // that makes one source of many.
