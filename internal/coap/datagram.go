@@ -50,9 +50,9 @@ func appendDatagramHead(dst []byte, kind message.Type, code codes.Code, id uint1
 	return token.append(dst)
 }
 
-// appendEmpty appends an empty message: an acknowledgement or a reset.
-func appendEmpty(dst []byte, kind message.Type, id uint16) []byte {
-	return appendDatagramHead(dst, kind, codes.Empty, id, Token{})
+// emptyMessage is an acknowledgement or a reset.
+func emptyMessage(kind message.Type, id uint16) []byte {
+	return appendDatagramHead(nil, kind, codes.Empty, id, Token{})
 }
 
 // appendPayload appends a payload, which may be empty, to the options.

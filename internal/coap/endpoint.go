@@ -518,7 +518,7 @@ func (e *Endpoint) receive() error {
 		case err == nil:
 			e.packet(m, addr)
 		case err != errVersion && m.Type == message.Confirmable: // it would come again (RFC 7252, section 4.2)
-			_ = e.writeTo(appendEmpty(nil, message.Reset, m.ID), addr)
+			_ = e.writeTo(emptyMessage(message.Reset, m.ID), addr)
 		}
 	}
 }
@@ -536,10 +536,10 @@ func (e *Endpoint) packet(m datagram, addr net.Addr) {
 		e.serve(m, key, addr)
 	case isResponse(m.Code) && e.response(m) && confirmable:
 		// If it is lost, the peer sends again.
-		_ = e.writeTo(appendEmpty(nil, message.Acknowledgement, m.ID), addr)
+		_ = e.writeTo(emptyMessage(message.Acknowledgement, m.ID), addr)
 	case confirmable:
 		// A ping, or an answer that nobody waits for.
-		_ = e.writeTo(appendEmpty(nil, message.Reset, m.ID), addr)
+		_ = e.writeTo(emptyMessage(message.Reset, m.ID), addr)
 	}
 }
 
@@ -646,7 +646,7 @@ func (p *Packet) acknowledge() {
 	p.acked = busy
 	e.Unlock()
 	if busy {
-		_ = e.writeTo(appendEmpty(nil, message.Acknowledgement, p.key.id), p.addr)
+		_ = e.writeTo(emptyMessage(message.Acknowledgement, p.key.id), p.addr)
 	}
 }
 

@@ -23,16 +23,10 @@ type List[T any, P interface {
 func (l *List[T, P]) First() P { return l.first }
 
 // Push adds an element at the end.
-func (l *List[T, P]) Push(x P) { l.join(l.last, x, nil) }
-
-// PushFirst adds an element at the beginning.
-func (l *List[T, P]) PushFirst(x P) { l.join(nil, x, l.first) }
-
-// join adds an element between two neighbours, nil being the ends.
-func (l *List[T, P]) join(previous, x, next P) {
-	*x.links() = Links[T]{next, previous}
-	l.bind(previous, x)
-	l.bind(x, next)
+func (l *List[T, P]) Push(x P) {
+	*x.links() = Links[T]{}
+	l.bind(l.last, x)
+	l.bind(x, nil)
 }
 
 // bind makes two elements neighbours, nil being the ends.
