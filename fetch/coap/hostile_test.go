@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -463,6 +464,43 @@ func testSilentOnce(t *testing.T) {
 	for range 2 {
 		_, err := get(t, falls, ref, eris.BlockSize1KiB)
 		works.check(t, err)
+	}
+}
+
+// TestAway has a store be out of reach, which has taken blocks, while one is put.
+func TestAway(t *testing.T) {
+	ref, block := newBlock(eris.BlockSize1KiB, 1)
+	for away, want := range map[time.Duration]outcome{25 * time.Second: works, 40 * time.Second: fails} {
+		synctest.Test(t, func(t *testing.T) {
+			var network sourcetest.Network
+			var returns time.Time
+			listener, play := network.Listen(), script(func(_ int, p *peer) {
+				p.write(csm)
+				for {
+					m, ok := p.readUntil(codes.PUT)
+					if !ok || !p.write(coaptest.Stream(codes.Created, m.Token, nil, "")) {
+						return
+					}
+				}
+			})
+			serveOn(t, listener, play.run(t))
+			store := mustOpen(t, "coap+tcp://192.0.2.1", coap.Options{Dial: func(ctx context.Context) (net.Conn, error) {
+				if time.Now().Before(returns) {
+					return nil, syscall.ECONNREFUSED
+				}
+				return network.Dial(ctx, "tcp", listener.Addr().String())
+			}})
+			defer store.Close()
+			works.check(t, store.Put(t.Context(), ref, block))
+			store.Renew()
+			synctest.Wait()
+			returns = time.Now().Add(away)
+			began := time.Now()
+			want.check(t, store.Put(t.Context(), ref, block))
+			if took := time.Since(began); took > 35*time.Second {
+				t.Errorf("away for %v: it took %v", away, took)
+			}
+		})
 	}
 }
 

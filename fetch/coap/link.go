@@ -20,8 +20,8 @@ import (
 
 const (
 	// minRest is how long no connection is tried after the first that failed, about; each further
-	// time is twice as long, up to maxRest.
-	minRest, maxRest = 100 * time.Millisecond, 30 * time.Second
+	// time is twice as long, up to what [turns.Turns.MaxRest] says.
+	minRest = 100 * time.Millisecond
 	// maxRestWait is how long requests wait for the end of that time; if it is longer, they fail.
 	maxRestWait = time.Second
 )
@@ -57,7 +57,7 @@ type dialError struct{ error }
 func (e *dialError) Unwrap() error { return e.error }
 
 func (s *Store) newLink() *link {
-	l := &link{store: s, backoff: backoff.Backoff{Min: minRest, Max: maxRest}}
+	l := &link{store: s, backoff: backoff.Backoff{Min: minRest}}
 	s.links = append(s.links, l)
 	return l
 }
@@ -111,6 +111,7 @@ func (l *link) retire(c connection) {
 		return
 	}
 	l.err = err
+	l.backoff.Max = l.store.turns.MaxRest()
 	l.backoff.Fail(time.Now(), 0)
 }
 

@@ -229,7 +229,7 @@ func (c *Client) Retry(ctx context.Context, f func() error) error { return c.tur
 // does not answer takes a small part of the time; but not if it has answered lately, for the line
 // may be away for a moment.
 func (c *Client) unreachable(err error, took time.Duration) {
-	if c.turns.Away() < turns.LongestRest {
+	if c.turns.MaxRest() < turns.LongestRest {
 		took = 0
 	}
 	c.turns.Fail(err, 6*took)

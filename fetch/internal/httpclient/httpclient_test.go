@@ -3,6 +3,7 @@
 package httpclient
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -10,11 +11,16 @@ import (
 	"net/http/httptest"
 	"net/http/httptrace"
 	"net/url"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
 // TestAcknowledged has responses acknowledged at once: a server may wait for that with the rest.
@@ -82,6 +88,61 @@ func TestUnasked(t *testing.T) {
 		err = c.Do(ctx, &http.Request{Method: "GET", URL: base, Header: Header()}, func(*http.Response) error { return nil })
 		if !errors.Is(err, errNotHTTP) || closed != before {
 			t.Errorf("before %v: %v", before, err)
+		}
+	}
+}
+
+// TestAway has a server be away that has answered, while many requests are made: it refuses
+// connections, or closes them. It is asked seldom, and may be away for almost half a minute.
+func TestAway(t *testing.T) {
+	for _, refuses := range []bool{true, false} {
+		for away, works := range map[time.Duration]bool{25 * time.Second: true, time.Minute: false} {
+			synctest.Test(t, func(t *testing.T) {
+				var network sourcetest.Network
+				l := network.Listen()
+				server := &http.Server{Handler: http.NotFoundHandler()}
+				go server.Serve(l)
+				defer server.Close()
+				base := &url.URL{Scheme: "http", Host: "192.0.2.1"}
+				c := New(base, Options{Connections: 10, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
+				defer c.Close()
+				var returns time.Time
+				var asked atomic.Int32
+				c.transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+					conn, err := network.Dial(ctx, "tcp", l.Addr().String())
+					if err == nil && time.Now().Before(returns) {
+						asked.Add(1)
+						conn.Close()
+						if refuses {
+							return nil, syscall.ECONNREFUSED
+						}
+					}
+					return conn, err
+				}
+				request := func() error {
+					return c.Retry(t.Context(), func() error {
+						return c.Do(t.Context(), &http.Request{Method: "PUT", URL: base, Header: Header()}, func(*http.Response) error { return nil })
+					})
+				}
+				if err := request(); err != nil {
+					t.Fatal(err)
+				}
+				c.Renew()
+				returns = time.Now().Add(away)
+				began := time.Now()
+				var group sync.WaitGroup
+				for range 200 {
+					group.Go(func() {
+						if err := request(); (err == nil) != works {
+							t.Errorf("refuses %v, away for %v: %v", refuses, away, err)
+						}
+					})
+				}
+				group.Wait()
+				if took, n := time.Since(began), asked.Load(); took > 35*time.Second || n > 1000 {
+					t.Errorf("refuses %v, away for %v: it took %v, and %d connections", refuses, away, took, n)
+				}
+			})
 		}
 	}
 }

@@ -20,8 +20,9 @@ const (
 	// maxWait is how long a request waits in all for a busy server before the caller hears of it.
 	maxWait   = 4 * time.Second
 	firstRest = 100 * time.Millisecond
-	// longestPause is the longest time before a request is made again whose connection was lost.
-	longestPause = 4 * time.Second
+	// longestPause is the longest time before a request is made again whose connection was lost, or
+	// a connection to a server that was there just now.
+	longestPause = 2 * time.Second
 	// LongestRest is the longest time for which a server is left alone, or is missed after it has
 	// answered.
 	LongestRest = 30 * time.Second
@@ -82,6 +83,7 @@ func (t *Turns) Retry(ctx context.Context, f func() error) error {
 		if err != nil {
 			return err
 		}
+		began := time.Now()
 		err = t.Resting()
 		rests := err != nil
 		if !rests {
@@ -107,10 +109,13 @@ func (t *Turns) Retry(ctx context.Context, f func() error) error {
 			return err
 		case lost.Again && pauses.Failures() == 0:
 			pauses.Fail(time.Now(), 0)
-		case t.Away() < LongestRest:
-			pause = pauses.Fail(time.Now(), 0)
-		default:
+		case t.MaxRest() == LongestRest:
 			return err
+		default:
+			pause = pauses.Fail(time.Now(), 0)
+			if !rests {
+				t.miss(lost, began)
+			}
 		}
 		select {
 		case <-time.After(pause):
@@ -178,17 +183,37 @@ func (t *Turns) Resting() error {
 // Fail has the server rest for some time, which it returns: for at least after, if that is not too
 // long.
 func (t *Turns) Fail(err error, after time.Duration) time.Duration {
+	most := LongestRest
+	if errors.As(err, new(*LostError)) {
+		most = t.MaxRest()
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.cause = err
+	t.rest.Max = most
 	return t.rest.Fail(time.Now(), after)
 }
 
-// Away returns how long ago the server has answered.
-func (t *Turns) Away() time.Duration {
+// miss has the server rest, of which the connection was lost of a request that began at that time:
+// but not if it has answered another one since.
+func (t *Turns) miss(lost *LostError, began time.Time) {
+	t.mu.Lock()
+	answers := t.last.After(began)
+	t.mu.Unlock()
+	if !answers {
+		t.Fail(lost, 0)
+	}
+}
+
+// MaxRest returns for how long no connection is made at most after failures: [LongestRest], but
+// less if the server has answered within that time, for it may be away for a moment.
+func (t *Turns) MaxRest() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return time.Since(t.last)
+	if time.Since(t.last) < LongestRest {
+		return longestPause
+	}
+	return LongestRest
 }
 
 // Succeed takes note of an answer, which ends the row of failures; but not a rest, which an answer
