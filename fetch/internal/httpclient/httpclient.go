@@ -242,7 +242,7 @@ func (c *Client) unreachable(err error, took time.Duration) {
 //
 // Errors are those of handle; a [*fetch.BusyError] if the server is busy; the cause of ctx; errors
 // that wrap [ErrSilent]; and failures of the connection, which wrap a [*turns.LostError] where no
-// answer has come. None of them quotes the URL or the server.
+// answer of the server has come. None of them quotes the URL or the server.
 func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *http.Response) error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -265,6 +265,8 @@ func (c *Client) Do(ctx context.Context, request *http.Request, handle func(r *h
 	switch cause := context.Cause(ctx); {
 	case err == nil || cause == nil:
 		return err
+	case cause == ErrSilent && e.answered:
+		return e.silent()
 	case cause == ErrSilent:
 		return &turns.LostError{Err: e.silent()}
 	default:
@@ -355,11 +357,18 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 		}
 		return busy
 	}
-	c.turns.Succeed()
+	// What is between us and the server has not got its answer, if it says so.
+	away := r.StatusCode == http.StatusBadGateway || r.StatusCode == http.StatusGatewayTimeout
+	if !away {
+		c.turns.Succeed()
+	}
 	if err := decode(r); err != nil {
 		return err
 	}
 	err = handle(r)
+	if away && err != nil {
+		err = &turns.LostError{Err: err}
+	}
 	if errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, new(*net.OpError)) {
 		// What cuts one off, after so many bytes perhaps, is about to do so with those that are
 		// idle: each would be one more failure in a row.

@@ -93,27 +93,33 @@ func TestUnasked(t *testing.T) {
 }
 
 // TestAway has a server be away that has answered, while many requests are made: it refuses
-// connections, or closes them. It is asked seldom, and may be away for almost half a minute.
+// connections, closes them, or a proxy says that it does. It is asked seldom, and may be away for
+// almost half a minute.
 func TestAway(t *testing.T) {
-	for _, refuses := range []bool{true, false} {
+	for _, how := range []string{"refuses", "closes", "proxy"} {
 		for away, works := range map[time.Duration]bool{25 * time.Second: true, time.Minute: false} {
 			synctest.Test(t, func(t *testing.T) {
 				var network sourcetest.Network
 				l := network.Listen()
-				server := &http.Server{Handler: http.NotFoundHandler()}
+				var returns time.Time
+				var asked atomic.Int32
+				server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+					if time.Now().Before(returns) {
+						asked.Add(1)
+						w.WriteHeader(http.StatusBadGateway)
+					}
+				})}
 				go server.Serve(l)
 				defer server.Close()
 				base := &url.URL{Scheme: "http", Host: "192.0.2.1"}
 				c := New(base, Options{Connections: 10, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
 				defer c.Close()
-				var returns time.Time
-				var asked atomic.Int32
 				c.transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 					conn, err := network.Dial(ctx, "tcp", l.Addr().String())
-					if err == nil && time.Now().Before(returns) {
+					if err == nil && how != "proxy" && time.Now().Before(returns) {
 						asked.Add(1)
 						conn.Close()
-						if refuses {
+						if how == "refuses" {
 							return nil, syscall.ECONNREFUSED
 						}
 					}
@@ -121,7 +127,12 @@ func TestAway(t *testing.T) {
 				}
 				request := func() error {
 					return c.Retry(t.Context(), func() error {
-						return c.Do(t.Context(), &http.Request{Method: "PUT", URL: base, Header: Header()}, func(*http.Response) error { return nil })
+						return c.Do(t.Context(), &http.Request{Method: "PUT", URL: base, Header: Header()}, func(r *http.Response) error {
+							if r.StatusCode != http.StatusOK {
+								return &StatusError{Code: r.StatusCode}
+							}
+							return nil
+						})
 					})
 				}
 				if err := request(); err != nil {
@@ -134,15 +145,49 @@ func TestAway(t *testing.T) {
 				for range 200 {
 					group.Go(func() {
 						if err := request(); (err == nil) != works {
-							t.Errorf("refuses %v, away for %v: %v", refuses, away, err)
+							t.Errorf("%s, away for %v: %v", how, away, err)
 						}
 					})
 				}
 				group.Wait()
 				if took, n := time.Since(began), asked.Load(); took > 35*time.Second || n > 1000 {
-					t.Errorf("refuses %v, away for %v: it took %v, and %d connections", refuses, away, took, n)
+					t.Errorf("%s, away for %v: it took %v, and %d connections", how, away, took, n)
 				}
 			})
 		}
 	}
+}
+
+// TestStalled has a server begin an answer and not end it: that is one, and no lost connection.
+func TestStalled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		l := network.Listen()
+		var asked atomic.Int32
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			asked.Add(1)
+			w.WriteHeader(http.StatusInternalServerError)
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		})}
+		go server.Serve(l)
+		defer server.Close()
+		base := &url.URL{Scheme: "http", Host: "192.0.2.1"}
+		c := New(base, Options{Connections: 1, ConnectTimeout: time.Second, Timeout: time.Second, BodyTimeout: time.Second, IdleTimeout: time.Second})
+		defer c.Close()
+		c.transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return network.Dial(ctx, "tcp", l.Addr().String())
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		err := c.Retry(ctx, func() error {
+			return c.Do(ctx, &http.Request{Method: "PUT", URL: base, Header: Header()}, func(r *http.Response) error {
+				_, err := io.Copy(io.Discard, r.Body)
+				return err
+			})
+		})
+		if n := asked.Load(); n != 1 || err == nil {
+			t.Errorf("asked %d times: %v", n, err)
+		}
+	})
 }
