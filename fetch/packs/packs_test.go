@@ -388,6 +388,25 @@ func TestKilled(t *testing.T) {
 	}
 }
 
+// A connection that breaks in the middle of the first pack is no reason to give it up: to send one
+// takes long, perhaps, and there has been no answer then.
+func TestBreak(t *testing.T) {
+	var begun atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if begun.Add(1) == 1 {
+			r.Body.Read(make([]byte, 1))
+			panic(http.ErrAbortHandler)
+		}
+		io.Copy(io.Discard, r.Body)
+		w.WriteHeader(http.StatusCreated)
+	}))
+	defer server.Close()
+	s := mustOpen(t, server.URL+"?packed")
+	c, err := eris.Encode(t.Context(), io.LimitReader(rand.NewChaCha8([32]byte{}), 10<<20), s.Put, eris.EncodeOptions{})
+	must(t, err)
+	must(t, s.Finish(t.Context(), []eris.ReadCapability{c}))
+}
+
 func TestFinishWithoutRoot(t *testing.T) {
 	s := mustOpen(t, "file:"+t.TempDir()+"?packed")
 	block := make([]byte, eris.BlockSize1KiB)

@@ -331,7 +331,7 @@ func (e *exchange) run(ctx context.Context, request *http.Request, handle func(r
 	}
 	r, err := c.transport.RoundTrip(request)
 	if err != nil {
-		err = &turns.LostError{Err: plain(err)}
+		err = &turns.LostError{Err: plain(err), Again: e.connected.Load()}
 		if !e.connected.Load() && ctx.Err() == nil {
 			var took time.Duration
 			if began := e.dialed.Load(); began != nil {
