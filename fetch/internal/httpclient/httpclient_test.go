@@ -92,9 +92,9 @@ func TestUnasked(t *testing.T) {
 	}
 }
 
-// TestAway has a server be away that has answered, while many requests are made: it refuses
-// connections, closes them, or a proxy says that it does. It is asked seldom, and may be away for
-// almost half a minute.
+// TestAway has a server be away that has answered, while many requests are made, one of which does
+// not wait for so long and says why it was in vain: the server refuses connections, closes them, or
+// a proxy says that it does. It is asked seldom, and may be away for almost half a minute.
 func TestAway(t *testing.T) {
 	for _, how := range []string{"refuses", "closes", "proxy"} {
 		for away, works := range map[time.Duration]bool{25 * time.Second: true, time.Minute: false} {
@@ -125,9 +125,9 @@ func TestAway(t *testing.T) {
 					}
 					return conn, err
 				}
-				request := func() error {
-					return c.Retry(t.Context(), func() error {
-						return c.Do(t.Context(), &http.Request{Method: "PUT", URL: base, Header: Header()}, func(r *http.Response) error {
+				request := func(ctx context.Context) error {
+					return c.Retry(ctx, func() error {
+						return c.Do(ctx, &http.Request{Method: "PUT", URL: base, Header: Header()}, func(r *http.Response) error {
 							if r.StatusCode != http.StatusOK {
 								return &StatusError{Code: r.StatusCode}
 							}
@@ -135,16 +135,23 @@ func TestAway(t *testing.T) {
 						})
 					})
 				}
-				if err := request(); err != nil {
+				if err := request(t.Context()); err != nil {
 					t.Fatal(err)
 				}
 				c.Renew()
 				returns = time.Now().Add(away)
 				began := time.Now()
 				var group sync.WaitGroup
+				group.Go(func() {
+					ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+					defer cancel()
+					if err := request(ctx); err == nil || errors.Is(err, context.DeadlineExceeded) {
+						t.Errorf("%s, for ten seconds: %v", how, err)
+					}
+				})
 				for range 200 {
 					group.Go(func() {
-						if err := request(); (err == nil) != works {
+						if err := request(t.Context()); (err == nil) != works {
 							t.Errorf("%s, away for %v: %v", how, away, err)
 						}
 					})

@@ -120,6 +120,9 @@ func (t *Turns) Retry(ctx context.Context, f func() error) error {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return err // which says why the time was not enough
+			}
 			return context.Cause(ctx)
 		}
 	}
