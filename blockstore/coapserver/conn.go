@@ -65,7 +65,7 @@ type conn struct {
 }
 
 func newConn(s *Server, netConn net.Conn, access Access, idle func(bool)) *conn {
-	c := &conn{server: s, access: access, idle: idle, transfers: newTransfers(maxStreamTransfers, maxStreamTransfers, 0)}
+	c := &conn{server: s, access: access, idle: idle, isIdle: true, transfers: newTransfers(maxStreamTransfers, maxStreamTransfers, 0)}
 	if c.maxGets = s.config.MaxGets; access.Relay != nil {
 		c.maxGets *= 8
 	}

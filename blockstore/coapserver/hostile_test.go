@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -138,6 +139,34 @@ func TestHostileMemory(t *testing.T) {
 	if most := uint64(calls * 1 << 20); after.TotalAlloc-before.TotalAlloc > most {
 		t.Errorf("%d bytes were allocated", after.TotalAlloc-before.TotalAlloc)
 	}
+}
+
+// TestUnserved has a further client come before one has been served at all: the connection of that
+// makes room.
+func TestUnserved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var network sourcetest.Network
+		listener := network.Listen()
+		server := coapserver.New(coapserver.Config{MaxConnections: 1})
+		access := readWrite
+		access.Connected = func(*coap.Conn, string) func() {
+			time.Sleep(time.Minute)
+			return func() {}
+		}
+		var group sync.WaitGroup
+		group.Go(func() { must(t, server.Serve(listener, access)) })
+		defer group.Wait()
+		defer server.Close()
+		for range 2 {
+			conn, err := network.Dial(t.Context(), "tcp", listener.Addr().String())
+			must(t, err)
+			defer conn.Close()
+			time.Sleep(time.Second)
+		}
+		if s := server.Stats(); s.TurnedAway != 0 {
+			t.Errorf("%+v", s)
+		}
+	})
 }
 
 // TestMaxConnections checks that connections beyond the limit are closed as long as something is

@@ -198,6 +198,7 @@ func (s *Server) Serve(listener net.Listener, access Access) error {
 			return err
 		}
 		c := conn.(*admission.Conn)
+		c.SetIdle(true) // before more come than are served yet, for which others would make room
 		go func() {
 			defer c.Close()
 			s.serveConn(c.Conn, access, c.SetIdle)
@@ -218,15 +219,13 @@ func (s *Server) ServeConn(conn net.Conn, access Access) {
 	s.serveConn(conn, access, func(bool) {})
 }
 
-// serveConn is ServeConn. Idle is told when the connection begins, and ceases, to have nothing
-// under way; it must not wait.
+// serveConn is ServeConn. Idle is told when the connection ceases, and begins again, to have
+// nothing under way, as it has at first; it must not wait.
 func (s *Server) serveConn(netConn net.Conn, access Access, idle func(bool)) {
 	if secure, ok := netConn.(*tls.Conn); ok {
-		idle(true) // what has not agreed makes room
 		ctx, cancel := context.WithTimeout(s.ctx, handshakeTimeout)
 		err := secure.HandshakeContext(ctx)
 		cancel()
-		idle(false)
 		if err != nil {
 			netConn.Close()
 			return

@@ -60,6 +60,7 @@ func (s *Server) serveWebSocket(w http.ResponseWriter, r *http.Request, access A
 		return // the client has been told
 	}
 	conn := admission.ConnOf(r)
+	conn.SetIdle(true)
 	s.serveConn(coap.NewWebSocket(socket, conn), access, conn.SetIdle) // it closes the connection even if the server is closing
 }
 
