@@ -26,29 +26,41 @@ import (
 
 // shares counts what there is at a time, in all and of each host. A host is an IPv4 address or an
 // IPv6 network of 64 bits, which is what one subscriber gets at least (RFC 6177); the zero value
-// counts for none.
+// is that of whatever counts for none.
 type shares struct {
 	most, perHost int
 	all           int
-	hosts         map[netip.Prefix]int
+	hosts         map[netip.Prefix]*int
 }
 
 func newShares(most int) shares {
-	return shares{most: most, perHost: max(1, most/2), hosts: map[netip.Prefix]int{}}
+	return shares{most: most, perHost: max(1, most/2), hosts: map[netip.Prefix]*int{}}
 }
 
-func (s *shares) add(host netip.Prefix) {
+// add counts one more, and returns where those of its host are counted.
+func (s *shares) add(host netip.Prefix) *int {
 	s.all++
-	if host.IsValid() {
-		s.hosts[host]++
+	n, ok := s.hosts[host]
+	if !ok {
+		n = new(int)
+		s.hosts[host] = n
 	}
+	*n++
+	return n
 }
 
 func (s *shares) remove(host netip.Prefix) {
 	s.all--
-	if s.hosts[host]--; s.hosts[host] <= 0 {
+	n := s.hosts[host]
+	if *n--; *n == 0 {
 		delete(s.hosts, host)
 	}
+}
+
+// full reports whether a host has as many as it may have.
+func (s *shares) full(host netip.Prefix) bool {
+	n, ok := s.hosts[host]
+	return ok && host.IsValid() && *n >= s.perHost
 }
 
 // hostOf returns what counts as the host of an address, or the zero value for none.
@@ -102,10 +114,11 @@ type Gate struct {
 // A Conn is a connection that a gate has let in. It leaves when it is closed.
 type Conn struct {
 	net.Conn
-	gate  *Gate
-	host  netip.Prefix
-	idle  time.Time // from when on it is idle; zero if it is not
-	leave func()
+	gate     *Gate
+	host     netip.Prefix
+	siblings *int      // connections of the host
+	idle     time.Time // from when on it is idle; zero if it is not
+	leave    func()
 
 	// By HTTP: requests that are under way, those of them that wait for the client, and until when
 	// that counts as doing its part.
@@ -201,7 +214,7 @@ func (g *Gate) Enter(conn net.Conn) (c *Conn, ok bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	ok = true
-	for ok && g.shares.hosts[host] >= g.shares.perHost {
+	for ok && g.shares.full(host) {
 		ok = g.makeRoom(func(c *Conn) bool { return c.host == host }, until)
 	}
 	for ok && g.shares.all >= g.shares.most {
@@ -218,8 +231,7 @@ func (g *Gate) Enter(conn net.Conn) (c *Conn, ok bool) {
 	}
 	g.accepted.Add(1)
 	g.connections.Add(1)
-	g.shares.add(host)
-	c = &Conn{Conn: conn, gate: g, host: host}
+	c = &Conn{Conn: conn, gate: g, host: host, siblings: g.shares.add(host)}
 	g.inside[c] = struct{}{}
 	g.open.Add(1)
 	c.leave = sync.OnceFunc(func() {
@@ -274,7 +286,7 @@ func (g *Gate) makeRoom(may func(*Conn) bool, until time.Time) bool {
 		if c.idle.IsZero() || c.idle.After(now) || !may(c) {
 			continue
 		}
-		if n := g.shares.hosts[c.host]; first == nil || n > most || n == most && c.idle.Before(first.idle) {
+		if n := *c.siblings; first == nil || n > most || n == most && c.idle.Before(first.idle) {
 			first, most = c, n
 		}
 	}
@@ -565,7 +577,7 @@ func (s *Slots) acquire(remote string) (release func(), freed <-chan struct{}) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.shares.all >= s.shares.most || s.shares.hosts[host] >= s.shares.perHost {
+	if s.shares.all >= s.shares.most || s.shares.full(host) {
 		return nil, s.freed
 	}
 	s.shares.add(host)
