@@ -14,7 +14,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -276,11 +275,8 @@ func TestManyFiles(t *testing.T) {
 		old[fmt.Sprint(i)], new[fmt.Sprint(i)] = "a", "b"
 	}
 	oldTree, newTree := old.make(t), new.make(t)
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	write(t, newTree, oldTree, delta.WriteOptions{})
-	runtime.ReadMemStats(&after)
-	if n := after.TotalAlloc - before.TotalAlloc; n > 200<<20 { // the race detector has memory used again less often
+	n := testhelp.Allocated(func() { write(t, newTree, oldTree, delta.WriteOptions{}) })
+	if n > 200<<20 { // the race detector has memory used again less often
 		t.Errorf("%d MiB were allocated", n>>20)
 	}
 }

@@ -10,13 +10,13 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
 
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/delta"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 )
 
@@ -162,18 +162,17 @@ func TestMemory(t *testing.T) {
 		"pieces": {forged(pieces, frame, frame, frame), false},
 		"bomb":   {forged(bomb), true},
 	} {
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		r, err := delta.NewReader(t.Context(), bytes.NewReader(test.delta), base, plenty)
-		if err == nil {
-			_, err = nar.Write(io.Discard, r)
-			r.Close()
-		}
-		runtime.ReadMemStats(&after)
-		if (err != nil) != test.fails {
-			t.Errorf("%s: error %v", name, err)
-		}
-		if n := after.TotalAlloc - before.TotalAlloc; n > 48<<20 {
+		n := testhelp.Allocated(func() {
+			r, err := delta.NewReader(t.Context(), bytes.NewReader(test.delta), base, plenty)
+			if err == nil {
+				_, err = nar.Write(io.Discard, r)
+				r.Close()
+			}
+			if (err != nil) != test.fails {
+				t.Errorf("%s: error %v", name, err)
+			}
+		})
+		if n > 48<<20 {
 			t.Errorf("%s: %d MiB were allocated", name, n>>20)
 		}
 	}
@@ -214,14 +213,13 @@ func FuzzRead(f *testing.F) {
 // TestIndexBomb reads an index of a few KiB that decompresses to 64 MiB and is refused at once.
 func TestIndexBomb(t *testing.T) {
 	bomb := forged(append(index(1), make([]byte, 64<<20)...))
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	_, err := delta.NewReader(t.Context(), bytes.NewReader(bomb), t.TempDir(), delta.ReadOptions{MaxSize: 1 << 20})
-	runtime.ReadMemStats(&after)
-	if err == nil || !strings.Contains(err.Error(), "bad replacement") {
-		t.Errorf("error %v", err)
-	}
-	if used := after.TotalAlloc - before.TotalAlloc; used > 16<<20 {
+	used := testhelp.Allocated(func() {
+		_, err := delta.NewReader(t.Context(), bytes.NewReader(bomb), t.TempDir(), delta.ReadOptions{MaxSize: 1 << 20})
+		if err == nil || !strings.Contains(err.Error(), "bad replacement") {
+			t.Errorf("error %v", err)
+		}
+	})
+	if used > 16<<20 {
 		t.Errorf("%d bytes of memory for a delta of %d", used, len(bomb))
 	}
 }

@@ -12,11 +12,11 @@ import (
 	"fmt"
 	"hash/crc32"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 )
 
@@ -214,11 +214,9 @@ func TestCompressedNames(t *testing.T) {
 	le.PutUint64(section[24:], uint64(len(b)))
 	le.PutUint64(section[32:], uint64(len(names)))
 	b = append(b, names...)
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	_, err := new(workshop).elf(bytes.NewReader(b), "x")
-	runtime.ReadMemStats(&after)
-	if taken := after.TotalAlloc - before.TotalAlloc; err != nil || taken > 8<<20 {
+	var err error
+	taken := testhelp.Allocated(func() { _, err = new(workshop).elf(bytes.NewReader(b), "x") })
+	if err != nil || taken > 8<<20 {
 		t.Errorf("%d bytes of memory for a file of %d: %v", taken, len(b), err)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"net"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -23,6 +22,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
 // TestHostile has clients that do not keep to the protocol. Each connection must come to its end
@@ -127,17 +127,16 @@ func TestHostile(t *testing.T) {
 // TestHostileMemory checks that lengths alone make the server allocate nothing.
 func TestHostileMemory(t *testing.T) {
 	address := serve(t, "unix", newMemory())
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
 	const calls = 20
-	for range calls {
-		c := dial(t, "unix", address, csm...)
-		c.write([]byte{0xf0, 0xff, 0xff, 0xff, 0xff, 0x03})
-		c.awaitEnd() // with what as its last words, if there is time for them, TestHostile says
-	}
-	runtime.ReadMemStats(&after)
-	if most := uint64(calls * 1 << 20); after.TotalAlloc-before.TotalAlloc > most {
-		t.Errorf("%d bytes were allocated", after.TotalAlloc-before.TotalAlloc)
+	n := testhelp.Allocated(func() {
+		for range calls {
+			c := dial(t, "unix", address, csm...)
+			c.write([]byte{0xf0, 0xff, 0xff, 0xff, 0xff, 0x03})
+			c.awaitEnd() // with what as its last words, if there is time for them, TestHostile says
+		}
+	})
+	if n > calls<<20 {
+		t.Errorf("%d bytes were allocated", n)
 	}
 }
 

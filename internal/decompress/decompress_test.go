@@ -299,7 +299,7 @@ func TestBuffer(t *testing.T) {
 	zeros := make([]byte, 16<<20)
 	for _, method := range []string{"gzip", "zstd"} {
 		compressed := compressors[method](t, zeros)
-		took := heap(func() {
+		took := testhelp.Allocated(func() {
 			z := open(t, method, bytes.NewBuffer(compressed))
 			if n, err := z.Read(make([]byte, 1000)); n == 0 || err != nil {
 				t.Errorf("%s: %d bytes, %v", method, n, err)
@@ -361,7 +361,7 @@ func TestSmallWindow(t *testing.T) {
 	contents := bytes.Repeat([]byte("0123456789abcdef, and so on; "), 30000)
 	compressed := zstdWindow(t, contents, 64<<20)
 	used := func(most int64) uint64 {
-		return heap(func() {
+		return testhelp.Allocated(func() {
 			z, err := OpenAtMost("zstd", bytes.NewReader(compressed), most)
 			must(t, err)
 			defer z.Close()

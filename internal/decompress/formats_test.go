@@ -8,21 +8,13 @@ import (
 	"errors"
 	"hash/crc32"
 	"io"
-	"runtime"
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/ulikunitz/xz"
-)
 
-// heap is how much memory f takes from the heap, in bytes, freed or not.
-func heap(f func()) uint64 {
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	f()
-	runtime.ReadMemStats(&after)
-	return after.TotalAlloc - before.TotalAlloc
-}
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
+)
 
 func TestWindows(t *testing.T) {
 	data := archive(11, 3000)
@@ -75,7 +67,7 @@ func TestXz(t *testing.T) {
 	for code := range byte(45) {
 		var err error
 		var got []byte
-		took := heap(func() { got, err = decompress(t, "xz", setXzDictionary(plain, code)) })
+		took := testhelp.Allocated(func() { got, err = decompress(t, "xz", setXzDictionary(plain, code)) })
 		if (err == nil) != (code <= 30) || err == nil && !bytes.Equal(got, data) {
 			t.Errorf("dictionary code %d: %v", code, err)
 		}
@@ -89,7 +81,7 @@ func TestXz(t *testing.T) {
 	block = append(bytes.Clone(block), 0, 0, 0, 0) // no chunk, padding
 	block = append(block, make([]byte, 8)...)      // CRC-64 of nothing
 	many := append(bytes.Clone(plain[:12]), bytes.Repeat(block, 1000)...)
-	if took := heap(func() {
+	if took := testhelp.Allocated(func() {
 		if got, err := decompress(t, "xz", many); !errors.Is(err, io.ErrUnexpectedEOF) || len(got) != 0 {
 			t.Errorf("empty blocks: %d bytes, %v", len(got), err)
 		}

@@ -27,6 +27,15 @@ func Must(tb testing.TB, err error) {
 	}
 }
 
+// Allocated returns how many bytes of memory all that runs meanwhile has allocated, freed or not.
+func Allocated(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
 // FreeAddress returns an address of loopback where nobody listens, by TCP or UDP, nor will: its
 // host is one of sixteen million, and its port not one that the system gives to those who ask for
 // any. It is for servers that start again at the same address, or are told where to listen, and for
