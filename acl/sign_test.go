@@ -12,15 +12,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 )
 
-var must = testhelp.Must
-
-// wantError fails the test unless err says what, or is none if that is empty.
-func wantError(t *testing.T, name string, err error, what string) {
-	t.Helper()
-	if what == "" && err != nil || what != "" && (err == nil || !strings.Contains(err.Error(), what)) {
-		t.Errorf("%s: error %v, want %q", name, err, what)
-	}
-}
+var must, wantError = testhelp.Must, testhelp.WantError
 
 const (
 	eccSecret = "(private-key (ecc (curve Ed25519) (q #" + eccQ + "#) (d #" + eccD + "#)))"

@@ -256,7 +256,7 @@ func ExampleParse() {
 	// Output: sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw nar/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello
 }
 
-var must = testhelp.Must
+var must, wantError = testhelp.Must, testhelp.WantError
 
 const (
 	helloPath = "/gnu/store/9bad6mqc3ygqsf9g926syc6r4z7b5pgl-hello"
@@ -321,14 +321,6 @@ func realNarinfos(t testing.TB) map[string][2]string {
 		}
 	}
 	return texts
-}
-
-// wantError fails the test unless err says what, or is none if that is empty.
-func wantError(t *testing.T, name string, err error, what string) {
-	t.Helper()
-	if what == "" && err != nil || what != "" && (err == nil || !strings.Contains(err.Error(), what)) {
-		t.Errorf("%s: error %v, want %q", name, err, what)
-	}
 }
 
 func wantIs(t *testing.T, err, target error) {

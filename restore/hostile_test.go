@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/nar"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
@@ -61,9 +62,7 @@ func TestFaultOfSource(t *testing.T) {
 		pieces: 20,
 		end:    func() (nar.Chunk, error) { panic("index out of range") },
 	}, s+"/item", restore.Options{})
-	if err == nil || !strings.Contains(err.Error(), "index out of range") {
-		t.Errorf("error %v", err)
-	}
+	testhelp.WantError(t, "a panic", err, "index out of range")
 	must(t, restore.Remove(s+"/item"))
 }
 
@@ -111,9 +110,7 @@ func TestRemoveKeepsMounts(t *testing.T) {
 		}
 		err := restore.Remove(tree)
 		must(t, unix.Unmount(at, unix.MNT_DETACH))
-		if err == nil || !strings.Contains(err.Error(), "mount point") {
-			t.Errorf("%s: error %v", name, err)
-		}
+		testhelp.WantError(t, name, err, "mount point")
 		if b, err := os.ReadFile(outside + "/file"); err != nil || string(b) != "precious" {
 			t.Fatalf("%s: %q, error %v: something was deleted that is not part of the tree", name, b, err)
 		}

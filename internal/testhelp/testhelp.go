@@ -27,6 +27,14 @@ func Must(tb testing.TB, err error) {
 	}
 }
 
+// WantError fails the test unless err says what, or is none if that is empty.
+func WantError(tb testing.TB, name string, err error, what string) {
+	tb.Helper()
+	if what == "" && err != nil || what != "" && (err == nil || !strings.Contains(err.Error(), what)) {
+		tb.Errorf("%s: error %v, want %q", name, err, what)
+	}
+}
+
 // Allocated returns how many bytes of memory all that runs meanwhile has allocated, freed or not.
 func Allocated(f func()) uint64 {
 	var before, after runtime.MemStats
