@@ -190,6 +190,8 @@ func TestParseRejects(t *testing.T) {
 		{"References that are too long", edit(t, hello, "References: ", "References: "+strings.Repeat("x", 256)), "longer than 255 bytes"},
 		{"References that climb", edit(t, hello, "References: ", "References: "+a+"/../x"), "0x2f"},
 		{"References with a control character", edit(t, hello, "References: ", "References: "+a+"\x01"), "0x01"},
+		{"References continued by a signature", helloSigned + "+ Signature: " + a + "\n" + helloURLs, "References"},
+		{"References that do not end their line", strings.TrimSuffix(helloSigned, "\n") + sign(t, strings.TrimSuffix(helloSigned, "\n")) + helloURLs, "References"},
 		{"too many references", edit(t, hello, "References: ", "References: "+strings.Repeat(a+" ", narinfo.MaxReferences+1)), "16385 references"},
 		{"too many URLs", hello + strings.Repeat("URL: x\n", narinfo.MaxURLs), "more than 64 URLs"},
 		{"too long", hello + "#" + strings.Repeat("x", narinfo.MaxSize), "exceed the limit"},

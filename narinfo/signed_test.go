@@ -3,6 +3,7 @@
 package narinfo_test
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"reflect"
 	"strings"
@@ -54,121 +55,60 @@ func TestSignatureCoverage(t *testing.T) {
 	const evil = "/gnu/store/00000000000000000000000000000000-evil"
 	minimal := edit(t, helloSigned, "NarSize: 120\n", "")
 	drv := strings.Repeat("d", 32) + "-d.drv"
+	early := strings.Split(helloSigned, "References")[0] + "ERIS: a\n"
 
-	type values struct {
-		storePath       string
-		narSize         uint64
-		deriver         string
-		erisSigned      []bool
-		numberOfRefs    int
-		authorisedError error // nil if authorised
+	type values struct { // what is not said is as in hello
+		storePath  string
+		narSize    uint64
+		deriver    string
+		erisSigned []bool
+		references int
 	}
 	for _, tt := range []struct {
 		name, text string
 		want       values
+		err        error // nil if authorised
 	}{
-		{"all above the signature",
-			helloSigned + "Deriver: " + drv + "\n" + sign(t, helloSigned+"Deriver: "+drv+"\n") + helloURLs,
-			values{helloPath, 120, drv, nil, 0, nil}},
-		{"URLs above the signature",
-			helloSigned + helloURLs + sign(t, helloSigned+helloURLs),
-			values{helloPath, 120, "", nil, 0, nil}},
-		{"NarSize and Deriver below",
-			minimal + sign(t, minimal) + "NarSize: 7\nDeriver: " + drv + "\n" + helloURLs,
-			values{helloPath, 7, drv, nil, 0, nil}},
-		{"duplicates below do not count",
-			helloSigned + sign(t, helloSigned) + "StorePath: " + evil + "\nNarSize: 7\nReferences: " + drv + "\nSignature: x\n" + helloURLs,
-			values{helloPath, 120, "", nil, 0, nil}},
-		{"an invalid Deriver above is not replaced by one below",
-			helloSigned + "Deriver: unknown-deriver\n" + sign(t, helloSigned+"Deriver: unknown-deriver\n") + "Deriver: " + drv + "\n" + helloURLs,
-			values{helloPath, 120, "", nil, 0, nil}},
-		{"ERIS above and below",
-			helloSigned + "ERIS: a\n" + sign(t, helloSigned+"ERIS: a\n") + "ERIS: b\n" + helloURLs,
-			values{helloPath, 120, "", []bool{true, false}, 0, nil}},
-		{"a continuation below continues the signature",
-			helloSigned + sign(t, helloSigned) + "+ " + drv + "\n" + helloURLs,
-			values{helloPath, 120, "", nil, 0, acl.ErrCorruptSignature}},
-		{"a continuation above is signed",
-			helloSigned + "+ " + drv + "\n" + sign(t, helloSigned+"+ "+drv+"\n") + helloURLs,
-			values{helloPath, 120, "", nil, 1, nil}},
-		{"empty lines and comments above are signed",
-			"\n# x\n" + helloSigned + sign(t, "\n# x\n"+helloSigned) + helloURLs,
-			values{helloPath, 120, "", nil, 0, nil}},
-		{"empty lines above are not signed",
-			"\n\n" + helloSigned + sign(t, helloSigned) + helloURLs,
-			values{helloPath, 120, "", nil, 0, acl.ErrHashMismatch}},
-		{"StorePath put before the signed text",
-			"StorePath: " + evil + "\n" + helloSigned + sign(t, helloSigned) + helloURLs,
-			values{evil, 120, "", nil, 0, acl.ErrHashMismatch}},
+		{"all above the signature", helloSigned + "Deriver: " + drv + "\n" + sign(t, helloSigned+"Deriver: "+drv+"\n") + helloURLs, values{deriver: drv}, nil},
+		{"URLs above the signature", helloSigned + helloURLs + sign(t, helloSigned+helloURLs), values{}, nil},
+		{"NarSize and Deriver below", minimal + sign(t, minimal) + "NarSize: 7\nDeriver: " + drv + "\n" + helloURLs, values{narSize: 7, deriver: drv}, nil},
+		{"duplicates below do not count", helloSigned + sign(t, helloSigned) + "StorePath: " + evil + "\nNarSize: 7\nReferences: " + drv + "\nSignature: x\n" + helloURLs, values{}, nil},
+		{"an invalid Deriver above is not replaced by one below", helloSigned + "Deriver: unknown-deriver\n" + sign(t, helloSigned+"Deriver: unknown-deriver\n") + "Deriver: " + drv + "\n" + helloURLs, values{}, nil},
+		{"ERIS above and below", helloSigned + "ERIS: a\n" + sign(t, helloSigned+"ERIS: a\n") + "ERIS: b\n" + helloURLs, values{erisSigned: []bool{true, false}}, nil},
+		{"a continuation below continues the signature", helloSigned + sign(t, helloSigned) + "+ " + drv + "\n" + helloURLs, values{}, acl.ErrCorruptSignature},
+		{"a continuation above is signed", helloSigned + "+ " + drv + "\n" + sign(t, helloSigned+"+ "+drv+"\n") + helloURLs, values{references: 1}, nil},
+		{"empty lines and comments above are signed", "\n# x\n" + helloSigned + sign(t, "\n# x\n"+helloSigned) + helloURLs, values{}, nil},
+		{"empty lines above are not signed", "\n\n" + helloSigned + sign(t, helloSigned) + helloURLs, values{}, acl.ErrHashMismatch},
+		{"StorePath put before the signed text", "StorePath: " + evil + "\n" + helloSigned + sign(t, helloSigned) + helloURLs, values{storePath: evil}, acl.ErrHashMismatch},
 
-		{"no signature", helloSigned + helloURLs,
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"no signature, but ERIS", helloSigned + "ERIS: a\n" + helloURLs,
-			values{helloPath, 120, "", []bool{false}, 0, narinfo.ErrUnsigned}},
-		{"the signature comes first and signs nothing",
-			sign(t, "") + helloSigned + helloURLs,
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"the signature comes before NarHash",
-			"StorePath: " + helloPath + "\n" + sign(t, "StorePath: "+helloPath+"\n") + strings.SplitN(helloSigned, "\n", 2)[1] + helloURLs,
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"the signature comes before References",
-			strings.Split(helloSigned, "References")[0] + "ERIS: a\n" + sign(t, strings.Split(helloSigned, "References")[0]+"ERIS: a\n") + "References: " + drv + "\n" + helloURLs,
-			values{helloPath, 120, "", []bool{false}, 1, narinfo.ErrUnsigned}},
-		{"the word stands in a comment before the field",
-			helloSigned + "# Signature: see below\n" + sign(t, helloSigned+"# ") + helloURLs,
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"the word stands in a value before the field",
-			helloSigned + "Note: Signature: see below\n" + sign(t, helloSigned+"Note: ") + helloURLs,
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"the word ends the name of another field",
-			helloSigned + "X-" + sign(t, helloSigned+"X-") + sign(t, helloSigned+"X-") + helloURLs,
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"the word continues a value",
-			helloSigned + "+ " + "Signature: " + drv + "\n" + helloURLs,
-			values{}}, // Not a reference: malformed.
-		{"the field follows the end of the record",
-			helloSigned + helloURLs + "\n" + sign(t, helloSigned+helloURLs+"\n"),
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"the signed text does not end its last line",
-			strings.TrimSuffix(helloSigned, "\n") + sign(t, strings.TrimSuffix(helloSigned, "\n")) + helloURLs,
-			values{}}, // The signature would be references: malformed.
-		{"the same, harmless for the references",
-			helloSigned + "Note: " + sign(t, helloSigned+"Note: ") + helloURLs,
-			values{helloPath, 120, "", nil, 0, narinfo.ErrUnsigned}},
-		{"a signature for another text",
-			helloSigned + sign(t, helloSigned+"x") + helloURLs,
-			values{helloPath, 120, "", nil, 0, acl.ErrHashMismatch}},
-		{"another version",
-			helloSigned + strings.Replace(sign(t, helloSigned), "1;", "2;", 1) + helloURLs,
-			values{helloPath, 120, "", nil, 0, acl.ErrUnsupportedVersion}},
-		{"a carriage return after the signature",
-			helloSigned + strings.TrimSuffix(sign(t, helloSigned), "\n") + "\r\n" + helloURLs,
-			values{helloPath, 120, "", nil, 0, acl.ErrCorruptSignature}},
-		{"an empty signature",
-			helloSigned + "Signature:\n" + helloURLs,
-			values{helloPath, 120, "", nil, 0, acl.ErrCorruptSignature}},
+		{"no signature", helloSigned + helloURLs, values{}, narinfo.ErrUnsigned},
+		{"no signature, but ERIS", helloSigned + "ERIS: a\n" + helloURLs, values{erisSigned: []bool{false}}, narinfo.ErrUnsigned},
+		{"the signature comes first and signs nothing", sign(t, "") + helloSigned + helloURLs, values{}, narinfo.ErrUnsigned},
+		{"the signature comes before NarHash", "StorePath: " + helloPath + "\n" + sign(t, "StorePath: "+helloPath+"\n") + strings.SplitN(helloSigned, "\n", 2)[1] + helloURLs, values{}, narinfo.ErrUnsigned},
+		{"the signature comes before References", early + sign(t, early) + "References: " + drv + "\n" + helloURLs, values{erisSigned: []bool{false}, references: 1}, narinfo.ErrUnsigned},
+		{"the word stands in a comment before the field", helloSigned + "# Signature: see below\n" + sign(t, helloSigned+"# ") + helloURLs, values{}, narinfo.ErrUnsigned},
+		{"the word stands in a value before the field", helloSigned + "Note: Signature: see below\n" + sign(t, helloSigned+"Note: ") + helloURLs, values{}, narinfo.ErrUnsigned},
+		{"the word ends the name of another field", helloSigned + "X-" + sign(t, helloSigned+"X-") + sign(t, helloSigned+"X-") + helloURLs, values{}, narinfo.ErrUnsigned},
+		{"the field follows the end of the record", helloSigned + helloURLs + "\n" + sign(t, helloSigned+helloURLs+"\n"), values{}, narinfo.ErrUnsigned},
+		{"the signed text does not end its last line", helloSigned + "Note: " + sign(t, helloSigned+"Note: ") + helloURLs, values{}, narinfo.ErrUnsigned},
+		{"a signature for another text", helloSigned + sign(t, helloSigned+"x") + helloURLs, values{}, acl.ErrHashMismatch},
+		{"another version", helloSigned + strings.Replace(sign(t, helloSigned), "1;", "2;", 1) + helloURLs, values{}, acl.ErrUnsupportedVersion},
+		{"a carriage return after the signature", helloSigned + strings.TrimSuffix(sign(t, helloSigned), "\n") + "\r\n" + helloURLs, values{}, acl.ErrCorruptSignature},
+		{"an empty signature", helloSigned + "Signature:\n" + helloURLs, values{}, acl.ErrCorruptSignature},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			n, err := narinfo.Parse([]byte(tt.text))
-			if tt.want.storePath == "" {
-				wantError(t, tt.name, err, "References")
-				return
-			}
-			must(t, err)
-			got := values{n.StorePath, n.NarSize, n.Deriver, nil, len(n.References), tt.want.authorisedError}
+			n, want := parse(t, tt.text), tt.want
+			want.storePath, want.narSize = cmp.Or(want.storePath, helloPath), cmp.Or(want.narSize, 120)
+			got := values{n.StorePath, n.NarSize, n.Deriver, nil, len(n.References)}
 			for _, e := range n.ERIS {
 				got.erisSigned = append(got.erisSigned, e.Signed)
 			}
-			if !reflect.DeepEqual(got, tt.want) {
-				t.Errorf("got %+v, want %+v", got, tt.want)
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("got %+v, want %+v", got, want)
 			}
-			if err := n.Authorise(testACL); tt.want.authorisedError == nil && err != nil {
-				t.Errorf("not authorised: %v", err)
-			} else if tt.want.authorisedError != nil {
-				wantIs(t, err, tt.want.authorisedError)
-			}
+			wantIs(t, n.Authorise(testACL), tt.err)
 			signed, ok := n.SignedText()
-			if ok != (tt.want.authorisedError != narinfo.ErrUnsigned) || !ok && signed != "" {
+			if ok != (tt.err != narinfo.ErrUnsigned) || !ok && signed != "" {
 				t.Errorf("SignedText = %q, %v", signed, ok)
 			}
 		})
