@@ -76,56 +76,45 @@ func edit(t testing.TB, text string, oldNew ...string) string {
 
 func TestParseAccepts(t *testing.T) {
 	a, b := strings.Repeat("a", 32)+"-a", strings.Repeat("b", 32)+"-b"
+	storePath := func(n *narinfo.Narinfo) any { return n.StorePath }
+	narSize := func(n *narinfo.Narinfo) any { return n.NarSize }
+	deriver := func(n *narinfo.Narinfo) any { return n.Deriver }
+	references := func(n *narinfo.Narinfo) any { return n.References }
+	urls := func(n *narinfo.Narinfo) any { return n.URLs }
+	eris := func(n *narinfo.Narinfo) any { return n.ERIS }
 	for _, tt := range []struct {
 		name, text string
 		// what shows what is to be checked of the result, want what it must be.
 		what func(*narinfo.Narinfo) any
 		want any
 	}{
-		{"empty lines and comments first", "\n\n# one\n\n#two\n" + hello,
-			func(n *narinfo.Narinfo) any { return n.StorePath }, helloPath},
+		{"empty lines and comments first", "\n\n# one\n\n#two\n" + hello, storePath, helloPath},
 		{"no line feed at the end", strings.TrimSuffix(hello, "\n"),
 			func(n *narinfo.Narinfo) any { return n.URLs[1].FileSize }, uint64(120)},
-		{"no white space after the colon", edit(t, hello, "NarSize: ", "NarSize:"),
-			func(n *narinfo.Narinfo) any { return n.NarSize }, uint64(120)},
-		{"much white space after the colon", edit(t, hello, "NarSize: ", "NarSize: \t\v\f\u00a0\u2003 "),
-			func(n *narinfo.Narinfo) any { return n.NarSize }, uint64(120)},
+		{"no white space after the colon", edit(t, hello, "NarSize: ", "NarSize:"), narSize, uint64(120)},
+		{"much white space after the colon", edit(t, hello, "NarSize: ", "NarSize: \t\v\f\u00a0\u2003 "), narSize, uint64(120)},
 		{"an empty line ends the record", hello + "\nThis is not read.\nURL: x\nCompression: none\n",
 			func(n *narinfo.Narinfo) any { return len(n.URLs) }, 2},
 		{"the first of several counts", hello + "StorePath: /x\nNarHash: y\nNarSize: z\nReferences: !\nDeriver: " + a + "\nDeriver: " + b + "\nSignature: no\n",
 			func(n *narinfo.Narinfo) any { return []any{n.NarSize, n.Signature, n.Deriver} }, []any{uint64(120), helloSignature, a}},
-		{"an empty Deriver counts as the first", hello + "Deriver:\nDeriver: " + a + "\n",
-			func(n *narinfo.Narinfo) any { return n.Deriver }, ""},
-		{"an invalid Deriver is unknown", hello + "Deriver: /gnu/store/" + a + "\n",
-			func(n *narinfo.Narinfo) any { return n.Deriver }, ""},
-		{"continued references", edit(t, hello, "References: \n", "References: "+a+"\n+ "+b+"\n# comment\n+"+a+"\n"),
-			func(n *narinfo.Narinfo) any { return n.References }, []string{a, b, a}},
-		{"continued unknown field", "Comment: x\n+y\n+\n+ \n" + hello,
-			func(n *narinfo.Narinfo) any { return n.StorePath }, helloPath},
+		{"an empty Deriver counts as the first", hello + "Deriver:\nDeriver: " + a + "\n", deriver, ""},
+		{"an invalid Deriver is unknown", hello + "Deriver: /gnu/store/" + a + "\n", deriver, ""},
+		{"continued references", edit(t, hello, "References: \n", "References: "+a+"\n+ "+b+"\n# comment\n+"+a+"\n"), references, []string{a, b, a}},
+		{"continued unknown field", "Comment: x\n+y\n+\n+ \n" + hello, storePath, helloPath},
 		{"continuation keeps white space", edit(t, hello, "NarSize", "ERIS: a\n+  b \n+c\nNarSize"),
 			func(n *narinfo.Narinfo) any { return n.ERIS[0].URN }, "a\n b \nc"},
-		{"unknown fields, also with odd names", "%x: y\nStore Path:z\nstorepath: no\nélan: vital\n" + hello,
-			func(n *narinfo.Narinfo) any { return n.StorePath }, helloPath},
-		{"the largest size", edit(t, hello, "120", "18446744073709551615"),
-			func(n *narinfo.Narinfo) any { return n.NarSize }, uint64(math.MaxUint64)},
-		{"Compression and FileSize before URL", helloSigned + "Compression: xz\nFileSize: 1\nURL: a\nFileSize: 2\nFileHash: x\nCompression: none\nURL: b\n",
-			func(n *narinfo.Narinfo) any { return n.URLs }, []narinfo.URL{{"a", "xz", 1, true}, {"b", "none", 2, true}}},
-		{"fields by their kind", helloSigned + "URL: a\nURL: b\nFileSize: 1\nFileSize: -2\nCompression: xz\nERIS: u\nCompression: none\n",
-			func(n *narinfo.Narinfo) any { return n.URLs }, []narinfo.URL{{"a", "xz", 1, true}, {"b", "none", 0, false}}},
-		{"sizes of some URLs", helloSigned + "FileSize: 1\nURL: a\nCompression: gzip\nURL: b\nCompression: none\nFileSize: 2\nURL: c\nCompression: zstd\nFileSize: -1\nFileSize: 3\nFileSize: 4\n",
-			func(n *narinfo.Narinfo) any { return n.URLs },
-			[]narinfo.URL{{"a", "gzip", 0, false}, {"b", "none", 2, true}, {"c", "zstd", 3, true}}},
-		{"fewer compressions than URLs", helloSigned + "URL: a\nURL: b\nCompression: gzip\n\nCompression: none\n",
-			func(n *narinfo.Narinfo) any { return n.URLs }, []narinfo.URL{{"a", "gzip", 0, false}, {"b", "", 0, false}}},
-		{"more compressions than URLs", helloSigned + "Compression: gzip\nURL: a\nCompression: none\nCompression: none\n",
-			func(n *narinfo.Narinfo) any { return n.URLs }, []narinfo.URL{{"a", "gzip", 0, false}}},
+		{"unknown fields, also with odd names", "%x: y\nStore Path:z\nstorepath: no\nélan: vital\n" + hello, storePath, helloPath},
+		{"the largest size", edit(t, hello, "120", "18446744073709551615"), narSize, uint64(math.MaxUint64)},
+		{"Compression and FileSize before URL", helloSigned + "Compression: xz\nFileSize: 1\nURL: a\nFileSize: 2\nFileHash: x\nCompression: none\nURL: b\n", urls, []narinfo.URL{{"a", "xz", 1, true}, {"b", "none", 2, true}}},
+		{"fields by their kind", helloSigned + "URL: a\nURL: b\nFileSize: 1\nFileSize: -2\nCompression: xz\nERIS: u\nCompression: none\n", urls, []narinfo.URL{{"a", "xz", 1, true}, {"b", "none", 0, false}}},
+		{"sizes of some URLs", helloSigned + "FileSize: 1\nURL: a\nCompression: gzip\nURL: b\nCompression: none\nFileSize: 2\nURL: c\nCompression: zstd\nFileSize: -1\nFileSize: 3\nFileSize: 4\n", urls, []narinfo.URL{{"a", "gzip", 0, false}, {"b", "none", 2, true}, {"c", "zstd", 3, true}}},
+		{"fewer compressions than URLs", helloSigned + "URL: a\nURL: b\nCompression: gzip\n\nCompression: none\n", urls, []narinfo.URL{{"a", "gzip", 0, false}, {"b", "", 0, false}}},
+		{"more compressions than URLs", helloSigned + "Compression: gzip\nURL: a\nCompression: none\nCompression: none\n", urls, []narinfo.URL{{"a", "gzip", 0, false}}},
 		{"a URL that cannot be used beside one that can", hello + "URL: a b\nCompression: none\nURL: x\nCompression: brotli\nURL:\nCompression: none\n",
 			func(n *narinfo.Narinfo) any { return len(n.PreferredURLs()) }, 2},
-		{"any ERIS value", edit(t, hello, "NarSize", "ERIS: urn:erisx2:AAAA\nERIS:\nNarSize"),
-			func(n *narinfo.Narinfo) any { return n.ERIS }, []narinfo.ERIS{{URN: "urn:erisx2:AAAA", Signed: true}, {Signed: true}}},
-		{"ERIS values that say the form, or not quite", edit(t, hello, "NarSize", "ERIS: u nar.zstd 7\nERIS: u nar.zstd\nERIS: u nar.zstd -7\nERIS: u  7\nNarSize"),
-			func(n *narinfo.Narinfo) any { return n.ERIS }, []narinfo.ERIS{
-				{URN: "u", Form: "nar.zstd", Size: 7, Signed: true}, {URN: "u nar.zstd", Signed: true}, {URN: "u nar.zstd -7", Signed: true}, {URN: "u  7", Signed: true}}},
+		{"any ERIS value", edit(t, hello, "NarSize", "ERIS: urn:erisx2:AAAA\nERIS:\nNarSize"), eris, []narinfo.ERIS{{URN: "urn:erisx2:AAAA", Signed: true}, {Signed: true}}},
+		{"ERIS values that say the form, or not quite", edit(t, hello, "NarSize", "ERIS: u nar.zstd 7\nERIS: u nar.zstd\nERIS: u nar.zstd -7\nERIS: u  7\nNarSize"), eris, []narinfo.ERIS{
+			{URN: "u", Form: "nar.zstd", Size: 7, Signed: true}, {URN: "u nar.zstd", Signed: true}, {URN: "u nar.zstd -7", Signed: true}, {URN: "u  7", Signed: true}}},
 		{"deltas, also such that make no sense", hello + "Delta: " + deltaBase + " 7 delta/x\n" +
 			"Delta: ../x 7 y\nDelta: " + deltaBase + " 0 y\nDelta: " + deltaBase + " -7 y\nDelta: " + deltaBase + " 9223372036854775808 y\nDelta: " + deltaBase + " 7 \n" +
 			"Delta: " + deltaBase + " 7 y z\nDelta: " + deltaBase + " 7 \x01\nDelta: " + deltaBase + " 7 " + strings.Repeat("x", 4097) + "\nDelta: " + deltaBase + " 9 urn:eris:A",
@@ -136,8 +125,7 @@ func TestParseAccepts(t *testing.T) {
 			func(n *narinfo.Narinfo) any { return n.Deltas[0].Signed }, true},
 		{"no NarSize", edit(t, hello, "NarSize", "X"),
 			func(n *narinfo.Narinfo) any { return []any{n.NarSize, n.NarSizeKnown} }, []any{uint64(0), false}},
-		{"references without a hash", edit(t, hello, "References: ", "References: bar baz"),
-			func(n *narinfo.Narinfo) any { return n.References }, []string{"bar", "baz"}},
+		{"references without a hash", edit(t, hello, "References: ", "References: bar baz"), references, []string{"bar", "baz"}},
 		{"too many ERIS values", hello + strings.Repeat("ERIS: x\n", 1000),
 			func(n *narinfo.Narinfo) any { return len(n.ERIS) }, 16},
 	} {
