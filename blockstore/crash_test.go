@@ -13,8 +13,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-
-	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 )
 
 // The test binary, run with this in its environment, is a writer to be killed: see TestKill.
@@ -54,7 +52,7 @@ func writeUntilKilled(arguments string) error {
 		go func() {
 			for {
 				i := int(next.Add(1) - 1)
-				ref, block := testBlock(i, crashSize(i))
+				ref, block := testBlock(i, mixedSize(i))
 				if err := s.Put(context.Background(), ref, block); err != nil {
 					failures <- err
 					return
@@ -64,13 +62,6 @@ func writeUntilKilled(arguments string) error {
 		}()
 	}
 	return <-failures
-}
-
-func crashSize(i int) eris.BlockSize {
-	if i%8 == 0 {
-		return eris.BlockSize32KiB
-	}
-	return eris.BlockSize1KiB
 }
 
 // A process that puts blocks is killed again and again. Every block that it acknowledged is there
@@ -120,8 +111,8 @@ func TestKill(t *testing.T) {
 				}
 				for _, i := range acknowledged {
 					if limit == 0 {
-						mustHave(t, s, i, crashSize(i))
-					} else if !has(t, s, i, crashSize(i)) {
+						mustHave(t, s, i, mixedSize(i))
+					} else if !has(t, s, i, mixedSize(i)) {
 						evicted = true
 					}
 				}

@@ -54,6 +54,22 @@ func writeFiles(t *testing.T, directory string, files map[string][]byte) {
 	}
 }
 
+// findPage returns the number of the first page of a type in the index of a store.
+func findPage(t *testing.T, directory, kind string) (page int) {
+	t.Helper()
+	index, err := openIndex(filepath.Join(directory, indexName))
+	must(t, err)
+	defer index.Close()
+	must(t, index.View(func(tx *bbolt.Tx) error {
+		for info, err := tx.Page(page); info.Type != kind; info, err = tx.Page(page) {
+			must(t, err)
+			page++
+		}
+		return nil
+	}))
+	return page
+}
+
 // start opens a store as a server does: where the index cannot be used it is made anew.
 func start(t *testing.T, directory string) *Store {
 	t.Helper()
@@ -220,17 +236,7 @@ func TestDamagedFreeList(t *testing.T) {
 	template, refs := damageTemplate(t)
 	parent := t.TempDir()
 	writeFiles(t, parent, template)
-	index, err := openIndex(filepath.Join(parent, indexName))
-	must(t, err)
-	var list int
-	must(t, index.View(func(tx *bbolt.Tx) error {
-		for info, err := tx.Page(list); info.Type != "freelist"; info, err = tx.Page(list) {
-			must(t, err)
-			list++
-		}
-		return nil
-	}))
-	must(t, index.Close())
+	list := findPage(t, parent, "freelist")
 	good := template[indexName]
 	pages := len(good) / os.Getpagesize()
 	damage := func(name string, change func(index []byte)) {
@@ -264,19 +270,8 @@ func TestDamagedBranch(t *testing.T) {
 	template, _ := damageTemplate(t)
 	parent := t.TempDir()
 	writeFiles(t, parent, template)
-	index, err := openIndex(filepath.Join(parent, indexName))
-	must(t, err)
-	var page, elements int
-	must(t, index.View(func(tx *bbolt.Tx) error {
-		info, err := tx.Page(page)
-		for ; info.Type != "branch"; info, err = tx.Page(page) {
-			must(t, err)
-			page++
-		}
-		elements = info.Count
-		return nil
-	}))
-	must(t, index.Close())
+	page := findPage(t, parent, "branch")
+	elements := binary.NativeEndian.Uint16(template[indexName][page*os.Getpagesize()+10:])
 	damage := func(name string, change func(branch []byte)) {
 		t.Run(name, func(t *testing.T) {
 			directory := filepath.Join(parent, name)

@@ -45,23 +45,19 @@ func TestFullDisk(t *testing.T) {
 	fill := func(size int) {
 		t.Helper()
 		for failed := 0; failed < 20; next += size {
-			var refs []eris.Reference
-			var blocks [][]byte
-			var numbers []int
-			for i := next; i < next+size; i++ {
-				ref, block := testBlock(i, crashSize(i))
-				refs, blocks, numbers = append(refs, ref), append(blocks, block), append(numbers, i)
-			}
+			refs, blocks := testBlocks(next, next+size, mixedSize)
 			failed++
 			if err := s.PutBatch(t.Context(), refs, blocks); err == nil {
-				acknowledged = append(acknowledged, numbers...)
+				for i := range refs {
+					acknowledged = append(acknowledged, next+i)
+				}
 				failed = 0
 			} else if !errors.Is(err, syscall.ENOSPC) {
 				t.Fatal(err)
 			}
 		}
 		for _, i := range acknowledged {
-			mustHave(t, s, i, crashSize(i))
+			mustHave(t, s, i, mixedSize(i))
 		}
 	}
 	must(t, os.WriteFile(filler, make([]byte, 3<<20), 0o600))

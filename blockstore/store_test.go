@@ -50,16 +50,28 @@ func mustPut(t testing.TB, s *Store, i int, size eris.BlockSize) eris.Reference 
 	return ref
 }
 
+// mixedSize is the size of block i where both sizes occur.
+func mixedSize(i int) eris.BlockSize {
+	if i%8 == 0 {
+		return eris.BlockSize32KiB
+	}
+	return eris.BlockSize1KiB
+}
+
+// testBlocks returns blocks of sizes that a function tells.
+func testBlocks(from, to int, size func(int) eris.BlockSize) (refs []eris.Reference, blocks [][]byte) {
+	for i := from; i < to; i++ {
+		ref, block := testBlock(i, size(i))
+		refs, blocks = append(refs, ref), append(blocks, block)
+	}
+	return refs, blocks
+}
+
 // putMany puts blocks, by the hundred, and returns their references.
 func putMany(t testing.TB, s *Store, size eris.BlockSize, from, to int) (all []eris.Reference) {
 	t.Helper()
 	for ; from < to; from += 100 {
-		var refs []eris.Reference
-		var blocks [][]byte
-		for i := from; i < min(from+100, to); i++ {
-			ref, block := testBlock(i, size)
-			refs, blocks = append(refs, ref), append(blocks, block)
-		}
+		refs, blocks := testBlocks(from, min(from+100, to), func(int) eris.BlockSize { return size })
 		must(t, s.PutBatch(t.Context(), refs, blocks))
 		all = append(all, refs...)
 	}
@@ -209,12 +221,7 @@ func TestDuplicates(t *testing.T) {
 func TestBatch(t *testing.T) {
 	// The queue is shorter than the batch.
 	s := testOpen(t, t.TempDir(), Options{queueBytes: 1 << 18})
-	var refs []eris.Reference
-	var blocks [][]byte
-	for i := range 600 {
-		ref, block := testBlock(i, []eris.BlockSize{eris.BlockSize1KiB, eris.BlockSize32KiB}[i/300])
-		refs, blocks = append(refs, ref), append(blocks, block)
-	}
+	refs, blocks := testBlocks(0, 600, mixedSize)
 	must(t, s.PutBatch(t.Context(), refs, blocks))
 	must(t, s.PutBatch(t.Context(), nil, nil))
 	for i, ref := range refs {
@@ -263,16 +270,13 @@ func TestContextEnded(t *testing.T) {
 	cause := errors.New("no longer wanted")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(cause)
-	refs, blocks := make([]eris.Reference, 10), make([][]byte, 10)
-	for i := range refs {
-		refs[i], blocks[i] = testBlock(i, eris.BlockSize1KiB)
-	}
+	refs, blocks := testBlocks(0, 10, mixedSize)
 	// Either the writer was faster or the cause is returned.
 	for i := range refs {
 		if err := s.Put(ctx, refs[i], blocks[i]); err != nil && !errors.Is(err, cause) {
 			t.Errorf("Put: %v", err)
 		} else if err == nil {
-			mustHave(t, s, i, eris.BlockSize1KiB)
+			mustHave(t, s, i, mixedSize(i))
 		}
 	}
 	if err := s.PutBatch(ctx, refs, blocks); err != nil && !errors.Is(err, cause) {
@@ -366,12 +370,11 @@ func TestForgedReference(t *testing.T) {
 // put than there is room for: all of that fails, and what was there is there afterwards.
 func TestCloseWhileChecked(t *testing.T) {
 	directory := t.TempDir()
-	s, err := Open(directory, Options{})
-	must(t, err)
+	s := testOpen(t, directory, Options{})
 	mustPut(t, s, 0, eris.BlockSize32KiB)
 	must(t, s.Close())
 	must(t, os.Remove(filepath.Join(directory, sumName)))
-	s, err = Open(directory, Options{queueBytes: 1 << 18, checking: func(ctx context.Context) { <-ctx.Done() }})
+	s, err := Open(directory, Options{queueBytes: 1 << 18, checking: func(ctx context.Context) { <-ctx.Done() }})
 	must(t, err)
 	done := make(chan error, 100)
 	for i := range cap(done) {
@@ -396,8 +399,7 @@ func TestCloseWhileChecked(t *testing.T) {
 // by entry all the same, for nobody has done that.
 func TestFailedOpen(t *testing.T) {
 	directory := t.TempDir()
-	s, err := Open(directory, Options{})
-	must(t, err)
+	s := testOpen(t, directory, Options{})
 	mustPut(t, s, 0, eris.BlockSize1KiB)
 	must(t, s.Close())
 	sum, accessed := filepath.Join(directory, sumName), filepath.Join(directory, "accessed-1k")
