@@ -32,16 +32,16 @@ var csm = coaptest.CSM
 func dial(tb testing.TB, network, address string, first ...byte) *client {
 	conn, err := net.Dial(network, address)
 	must(tb, err)
-	c := newClient(tb, conn)
+	return newClient(tb, conn, first)
+}
+
+func newClient(tb testing.TB, conn net.Conn, first []byte) *client {
+	tb.Cleanup(func() { conn.Close() })
+	c := &client{tb, conn, bufio.NewReaderSize(conn, 1<<16)}
 	if len(first) > 0 {
 		c.write(first)
 	}
 	return c
-}
-
-func newClient(tb testing.TB, conn net.Conn) *client {
-	tb.Cleanup(func() { conn.Close() })
-	return &client{tb, conn, bufio.NewReaderSize(conn, 1<<16)}
 }
 
 // write sends bytes, unless the server does not take them any more.
@@ -70,6 +70,14 @@ func (c *client) readAnswer() (m coaptest.Message) {
 		if !m.IsSignal() {
 			return m
 		}
+	}
+}
+
+// want wants the next answer to have a code.
+func (c *client) want(code codes.Code) {
+	c.tb.Helper()
+	if m := c.readAnswer(); m.Code != code {
+		c.tb.Errorf("answer %v instead of %v", m.Code, code)
 	}
 }
 

@@ -195,9 +195,7 @@ func TestBackPressure(t *testing.T) {
 		})
 		group.Go(func() {
 			for range count {
-				if m := c.readAnswer(); m.Code != codes.Created {
-					t.Errorf("answer %v", m.Code)
-				}
+				c.want(codes.Created)
 			}
 		})
 	}
@@ -214,9 +212,7 @@ func TestBackPressure(t *testing.T) {
 	}
 	close(store.release)
 	group.Wait()
-	if m := c.readAnswer(); m.Code != codes.Created {
-		t.Errorf("answer %v", m.Code)
-	}
+	c.want(codes.Created)
 }
 
 // TestManyGets requests many more blocks than are looked up at a time, of a store that does not
@@ -269,9 +265,7 @@ func TestManyLookups(t *testing.T) {
 	close(store.release)
 	for _, c := range all {
 		for range count {
-			if m := c.readAnswer(); m.Code != codes.NotFound {
-				t.Fatalf("answer %v", m.Code)
-			}
+			c.want(codes.NotFound)
 		}
 	}
 }
@@ -336,9 +330,7 @@ func TestShutdown(t *testing.T) {
 	}
 	close(store.release)
 	for range 2 {
-		if m := c.readAnswer(); m.Code != codes.Created {
-			t.Errorf("answer %v", m.Code)
-		}
+		c.want(codes.Created)
 	}
 	c.conn.Close()
 	if err := <-done; err != nil {

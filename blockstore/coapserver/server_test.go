@@ -88,11 +88,7 @@ func serveIn(t *testing.T, network *sourcetest.Network, config coapserver.Config
 	return func(first ...byte) *client {
 		conn, err := network.Dial(t.Context(), "tcp", listener.Addr().String())
 		must(t, err)
-		c := newClient(t, conn)
-		if len(first) > 0 {
-			c.write(first)
-		}
-		return c
+		return newClient(t, conn, first)
 	}
 }
 

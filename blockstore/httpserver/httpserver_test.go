@@ -340,31 +340,28 @@ func TestBounds(t *testing.T) {
 	store := backend.Open(16)
 	defer store.Close()
 	_, address := serve(t, httpserver.Config{Source: store, MaxRequests: 3}, readWrite)
-	status := func() int {
-		answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
-		if err != nil {
-			t.Error(err)
-			return 0
-		}
-		answer.Body.Close()
-		return answer.StatusCode
-	}
 	var group sync.WaitGroup
 	for i := range 3 {
-		group.Go(func() {
-			if got := status(); got != 404 {
-				t.Errorf("status %d", got)
-			}
-		})
+		group.Go(func() { getNothing(t, address, 404) })
 		backend.AwaitHeld(i + 1)
 	}
-	if got := status(); got != 503 {
-		t.Errorf("a further request at a time is answered by %d", got)
-	}
+	getNothing(t, address, 503)
 	release()
 	group.Wait()
-	if got := status(); got != 404 {
-		t.Errorf("a request after that is answered by %d", got)
+	getNothing(t, address, 404)
+}
+
+// getNothing asks for a block that is nowhere, and wants a status.
+func getNothing(t *testing.T, address string, want int) {
+	t.Helper()
+	answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?" + eris.Sum(nil).URN())
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	answer.Body.Close()
+	if answer.StatusCode != want {
+		t.Errorf("status %d instead of %d", answer.StatusCode, want)
 	}
 }
 
@@ -408,14 +405,7 @@ func TestClose(t *testing.T) {
 	defer store.Close()
 	server, address := serve(t, httpserver.Config{Source: store}, readWrite)
 	var group sync.WaitGroup
-	group.Go(func() {
-		answer, err := client(t, false).Get("http://" + address + "/uri-res/N2R?urn:blake2b:" + eris.Sum(nil).String())
-		must(t, err)
-		answer.Body.Close()
-		if answer.StatusCode != 503 {
-			t.Errorf("status %d", answer.StatusCode)
-		}
-	})
+	group.Go(func() { getNothing(t, address, 503) })
 	backend.AwaitHeld(1)
 	server.Close()
 	group.Wait()

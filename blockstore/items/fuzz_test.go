@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"hash/crc32"
-	"maps"
 	"os"
 	"path/filepath"
 	"testing"
@@ -23,8 +22,7 @@ func FuzzTable(f *testing.F) {
 	path := runFiles(f, directory)[0]
 	whole, err := os.ReadFile(path)
 	must(f, err)
-	all := encode(f, filepath.Join(root, "a"))
-	maps.Copy(all, encode(f, filepath.Join(root, "b")))
+	all := encodeAll(f, root, "a", "b")
 	f.Add(whole)
 	f.Add(whole[1:])
 	f.Fuzz(func(t *testing.T, table []byte) {

@@ -26,6 +26,7 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/files"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/testhelp"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
@@ -88,17 +89,10 @@ func makeStore(t *testing.T) (root string, names []string) {
 // encode returns the blocks of an item, as the encoder makes them.
 func encode(t testing.TB, path string) map[eris.Reference][]byte {
 	t.Helper()
-	blocks := map[eris.Reference][]byte{}
-	var mu sync.Mutex
-	if _, err := publish.Encode(t.Context(), path, func(_ context.Context, ref eris.Reference, block []byte) error {
-		mu.Lock()
-		defer mu.Unlock()
-		blocks[ref] = bytes.Clone(block)
-		return nil
-	}, erisfs.EncodeOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	return blocks
+	blocks := sourcetest.NewBackend()
+	_, err := publish.Encode(t.Context(), path, blocks.Put, erisfs.EncodeOptions{})
+	must(t, err)
+	return blocks.All()
 }
 
 func open(t testing.TB, directory, root string) *Table {
@@ -287,12 +281,8 @@ func TestChanged(t *testing.T) {
 	for name, change := range map[string]func(t *testing.T){
 		"other contents": func(t *testing.T) { write(t, file, random(8, 100000)) },
 		"shorter":        func(t *testing.T) { write(t, file, random(7, 100000)[:40000]) },
-		"gone": func(t *testing.T) {
-			must(t, os.RemoveAll(filepath.Dir(file)))
-		},
-		"pipe": func(t *testing.T) {
-			must(t, errors.Join(os.Remove(file), unix.Mkfifo(file, 0o600)))
-		},
+		"gone":           func(t *testing.T) { must(t, os.RemoveAll(filepath.Dir(file))) },
+		"pipe":           func(t *testing.T) { must(t, errors.Join(os.Remove(file), unix.Mkfifo(file, 0o600))) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			os.Remove(file)
@@ -381,10 +371,8 @@ func TestKilled(t *testing.T) {
 		c := exec.Command(os.Args[0], root)
 		c.Env = append(os.Environ(), killedVariable+"="+directory)
 		out, err := c.StdoutPipe()
-		if err == nil {
-			err = c.Start()
-		}
 		must(t, err)
+		must(t, c.Start())
 		lines := bufio.NewScanner(out)
 		for n := r.IntN(20); n >= 0 && lines.Scan(); n-- {
 			for range r.IntN(100000) { // any moment, not only that after a line
