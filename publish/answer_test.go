@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -56,10 +55,7 @@ func TestParts(t *testing.T) {
 	sources := manifest(t, "StorePath: /gnu/store/"+source+"\nReferences: \n")
 	items["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"] = sources["hbdalsf5lpf01x4dcknwx6xbn6n5km6k"]
 	// What compresses badly, so that there are many compressed blocks.
-	random := rand.NewChaCha8([32]byte{7})
-	contents := make([]byte, 600e3)
-	random.Read(contents)
-	must(t, os.WriteFile(directory+"/00000000000000000000000000000005-large", contents, 0o444))
+	must(t, os.WriteFile(directory+"/00000000000000000000000000000005-large", noise(7, 600e3), 0o444))
 	serve := func() string {
 		return server(t, publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"zstd", "gzip", "none"}}).URL
 	}
@@ -183,13 +179,9 @@ func TestBodies(t *testing.T) {
 func TestStalled(t *testing.T) {
 	t.Parallel()
 	const item = "00000000000000000000000000000001-item"
-	contents := make([]byte, 32<<20) // more than sockets hold
-	rand.NewChaCha8([32]byte{}).Read(contents)
+	contents := noise(0, 32<<20) // more than sockets hold
 	directory, items := anItem(t, item, contents)
-	s, err := publish.NewServer(publish.ServerOptions{
-		StoreDir: "/gnu/store", Root: directory, Items: items, StallTimeout: time.Second, Log: func(string, ...any) {},
-	})
-	must(t, err)
+	s := newServer(t, publish.ServerOptions{Root: directory, Items: items, StallTimeout: time.Second, Log: func(string, ...any) {}})
 	var done atomic.Int64
 	h := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer done.Add(1)
@@ -247,15 +239,10 @@ func TestStalled(t *testing.T) {
 func TestCutOff(t *testing.T) {
 	const item = "00000000000000000000000000000001-item"
 	directory := t.TempDir()
-	contents := make([]byte, 32<<20) // more than sockets hold
-	rand.NewChaCha8([32]byte{}).Read(contents)
 	must(t, os.Mkdir(directory+"/"+item, 0o755))
-	must(t, os.WriteFile(directory+"/"+item+"/a", contents, 0o444))
+	must(t, os.WriteFile(directory+"/"+item+"/a", noise(0, 32<<20), 0o444)) // more than sockets hold
 	must(t, os.WriteFile(directory+"/"+item+"/b", nil, 0o444))
-	s, err := publish.NewServer(publish.ServerOptions{
-		StoreDir: "/gnu/store", Root: directory, Items: manifest(t, "StorePath: /gnu/store/"+item+"\nReferences: \n"), Log: logger(t),
-	})
-	must(t, err)
+	s := newServer(t, publish.ServerOptions{Root: directory, Items: manifest(t, "StorePath: /gnu/store/"+item+"\nReferences: \n")})
 	h := httptest.NewUnstartedServer(nil)
 	gate := admission.New(4, h.Listener, new(admission.Counts), nil)
 	h.Listener, h.Config = gate, gate.Server(s)
@@ -324,7 +311,7 @@ func TestUnpublishable(t *testing.T) {
 	}
 	var want bytes.Buffer
 	nar.Write(&want, nar.NewTree(deep))
-	if _, _, got := get(t, h.URL+"/nar/"+name(1)); got != want.String() {
+	if _, _, got := request(t, "GET", h.URL+"/nar/"+name(1)); got != want.String() {
 		t.Error("a deep item is another nar")
 	}
 }

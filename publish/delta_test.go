@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,19 +22,11 @@ import (
 func versions(t *testing.T, names ...string) (directory string, items publish.Manifest) {
 	t.Helper()
 	directory = t.TempDir()
-	noise := func(seed uint64) []byte {
-		b := make([]byte, 100<<10)
-		random := rand.New(rand.NewPCG(seed, 0))
-		for i := range b {
-			b[i] = byte(random.Uint32())
-		}
-		return b
-	}
 	var text strings.Builder
 	for i, name := range names {
-		contents := append([]byte(name), noise(0)...)
+		contents := append([]byte(name), noise(0, 100<<10)...)
 		if strings.HasPrefix(name, "other") {
-			contents = noise(uint64(i) + 1)
+			contents = noise(byte(i)+1, 100<<10)
 		}
 		item := fmt.Sprintf("%032d-%s", i, name)
 		must(t, os.WriteFile(directory+"/"+item, contents, 0o644))
@@ -103,7 +94,7 @@ func TestDeltas(t *testing.T) {
 	must(t, err)
 	n := completed(t, directory, items, 3)
 	h2 := server(t, publish.ServerOptions{Root: directory, Items: items, Deltas: d})
-	if status, header, body := get(t, h2.URL+"/delta/00000000000000000000000000000000/00000000000000000000000000000003"); status != 200 || body != string(text) || header.Get("Etag") == "" {
+	if status, header, body := request(t, "GET", h2.URL+"/delta/00000000000000000000000000000000/00000000000000000000000000000003"); status != 200 || body != string(text) || header.Get("Etag") == "" {
 		t.Errorf("status %d, %d bytes, %v", status, len(body), header)
 	}
 

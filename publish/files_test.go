@@ -88,9 +88,9 @@ func TestRSA(t *testing.T) {
 	must(t, err)
 	root, items := aStore(t)
 	s := server(t, publish.ServerOptions{Root: root, Items: items, Key: key, Host: "old"})
-	_, _, text := get(t, s.URL+"/00000000000000000000000000000001.narinfo")
+	_, _, text := request(t, "GET", s.URL+"/00000000000000000000000000000001.narinfo")
 	authorised(t, key, text)
-	_, _, public := get(t, s.URL+"/signing-key.pub")
+	_, _, public := request(t, "GET", s.URL+"/signing-key.pub")
 	if published, err := acl.ParsePublicKey([]byte(public)); err != nil || !acl.NewACL(key.PublicKey()).Contains(published) {
 		t.Errorf("the key that is published is %q, error %v", public, err)
 	}

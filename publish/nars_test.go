@@ -33,9 +33,7 @@ func TestNothingToKeep(t *testing.T) {
 	nars := publish.NewNars(filepath.Join(t.TempDir(), "cache", "nars"), 1, 0, t.Errorf)
 	defer nars.Close()
 	url := server(t, publish.ServerOptions{Root: directory, Items: items, Compressions: []string{"none"}, Nars: nars, Log: t.Errorf}).URL
-	if status, _, _ := request(t, "GET", url+"/00000000000000000000000000000002.narinfo"); status != 200 {
-		t.Errorf("status %d", status)
-	}
+	wantStatus(t, url+"/00000000000000000000000000000002.narinfo", 200)
 }
 
 // TestKeptNars has nars made once, which then have a size, are the same bytes as without a cache,

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -71,6 +72,13 @@ func manifest(t *testing.T, text string) publish.Manifest {
 	return items
 }
 
+// noise is n bytes that do not compress, the same for the same seed.
+func noise(seed byte, n int) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{seed}).Read(b)
+	return b
+}
+
 // anItem is a store with one file.
 func anItem(t *testing.T, item string, contents []byte) (directory string, items publish.Manifest) {
 	t.Helper()
@@ -100,18 +108,12 @@ func aStore(t *testing.T) (directory string, items publish.Manifest) {
 	return directory, manifest(t, text.String())
 }
 
-// get returns an answer of a server.
-func get(t *testing.T, url string) (status int, header http.Header, body string) {
-	t.Helper()
-	return request(t, "GET", url)
-}
-
 // complete gets a narinfo, once all is known that it will say: on a busy machine that takes longer
 // than a client is kept waiting.
 func complete(t *testing.T, url string) (status int, header http.Header, body string) {
 	t.Helper()
 	for range 6000 {
-		if status, header, body = get(t, url); header.Get("Cache-Control") != "max-age=60" {
+		if status, header, body = request(t, "GET", url); header.Get("Cache-Control") != "max-age=60" {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -119,8 +121,8 @@ func complete(t *testing.T, url string) (status int, header http.Header, body st
 	return status, header, body
 }
 
-// server starts a server.
-func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
+// newServer makes a server.
+func newServer(t *testing.T, o publish.ServerOptions) *publish.Server {
 	t.Helper()
 	o.StoreDir = "/gnu/store"
 	if o.Log == nil {
@@ -128,9 +130,28 @@ func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
 	}
 	s, err := publish.NewServer(o)
 	must(t, err)
-	h := httptest.NewServer(s)
+	return s
+}
+
+// server starts a server.
+func server(t *testing.T, o publish.ServerOptions) *httptest.Server {
+	t.Helper()
+	h := httptest.NewServer(newServer(t, o))
 	t.Cleanup(h.Close)
 	return h
+}
+
+// unredirected gets what is at a URL itself, as clients do that follow no redirection.
+func unredirected(t *testing.T, url string) (status int, location, body string) {
+	t.Helper()
+	r, err := http.NewRequest("GET", url, nil)
+	must(t, err)
+	response, err := http.DefaultTransport.RoundTrip(r)
+	must(t, err)
+	defer response.Body.Close()
+	b, err := io.ReadAll(response.Body)
+	must(t, err)
+	return response.StatusCode, response.Header.Get("Location"), string(b)
 }
 
 func TestNarinfo(t *testing.T) {
@@ -145,10 +166,8 @@ func TestNarinfo(t *testing.T) {
 		t.Errorf("status %d, header %v", status, header)
 	}
 	// As it is asked for below a URL that ends in a slash, by clients that follow no redirection.
-	request, err := http.NewRequest("GET", h.URL+"//00000000000000000000000000000001.narinfo", nil)
-	must(t, err)
-	if r, err := http.DefaultTransport.RoundTrip(request); err != nil || r.StatusCode != 200 {
-		t.Errorf("below a slash: %v, error %v", r, err)
+	if status, _, _ := unredirected(t, h.URL+"//00000000000000000000000000000001.narinfo"); status != 200 {
+		t.Errorf("below a slash: status %d", status)
 	}
 	above, below, _ := strings.Cut(text, "Signature: ")
 	wantAbove := "StorePath: /gnu/store/00000000000000000000000000000001-file+plus\n" +
@@ -166,7 +185,7 @@ func TestNarinfo(t *testing.T) {
 
 	// What takes long to encode comes later; until then the answer is temporary.
 	url := h.URL + "/00000000000000000000000000000005.narinfo"
-	_, header, text = get(t, url)
+	_, header, text = request(t, "GET", url)
 	if strings.Contains(text, "ERIS:") || header.Get("Cache-Control") != "max-age=60" {
 		t.Errorf("header %v, narinfo:\n%s", header, text)
 	}
@@ -190,7 +209,7 @@ func TestNarinfo(t *testing.T) {
 			t.Errorf("%s: header %v", path, header)
 		}
 	}
-	if _, _, body := get(t, h.URL+"/nix-cache-info"); body != "StoreDir: /gnu/store\nWantMassQuery: 0\nPriority: 100\n" {
+	if _, _, body := request(t, "GET", h.URL+"/nix-cache-info"); body != "StoreDir: /gnu/store\nWantMassQuery: 0\nPriority: 100\n" {
 		t.Errorf("nix-cache-info: %q", body)
 	}
 	// An item that has gone from the store is not offered any more.
@@ -222,13 +241,22 @@ func aTree(t *testing.T) (path string, narHash [32]byte) {
 	return path, narHash
 }
 
+// newAnnotator makes an annotator.
+func newAnnotator(t *testing.T, o publish.AnnotatorOptions) *publish.Annotator {
+	t.Helper()
+	o.StoreDir = "/gnu/store"
+	if o.Log == nil {
+		o.Log = logger(t)
+	}
+	a, err := publish.NewAnnotator(o)
+	must(t, err)
+	return a
+}
+
 // annotator starts an annotator.
 func annotator(t *testing.T, o publish.AnnotatorOptions) string {
 	t.Helper()
-	o.StoreDir, o.Log = "/gnu/store", logger(t)
-	a, err := publish.NewAnnotator(o)
-	must(t, err)
-	h := httptest.NewServer(a)
+	h := httptest.NewServer(newAnnotator(t, o))
 	t.Cleanup(h.Close)
 	return h.URL
 }
@@ -243,7 +271,7 @@ func newCapabilities(t *testing.T, store fetch.Store) *publish.Capabilities {
 // wantStatus gets what is at a URL.
 func wantStatus(t *testing.T, url string, want int) (header http.Header, body string) {
 	t.Helper()
-	status, header, body := get(t, url)
+	status, header, body := request(t, "GET", url)
 	if status != want {
 		t.Errorf("%s: status %d instead of %d, body %.100q", url, status, want, body)
 	}
@@ -424,7 +452,7 @@ func TestAnnotator(t *testing.T) {
 		"00000000000000000000000000000004": true,
 		"00000000000000000000000000000005": true,
 	} {
-		_, _, plain := get(t, upstream.URL+"/"+hash+".narinfo")
+		_, _, plain := request(t, "GET", upstream.URL+"/"+hash+".narinfo")
 		_, _, text := complete(t, here+"/"+hash+".narinfo")
 		rest, ok := strings.CutPrefix(text, plain)
 		if !ok || (rest != "") != want || want && !strings.HasPrefix(rest, "ERIS: urn:eris:B") {
@@ -485,7 +513,7 @@ func TestAnnotatorUpstream(t *testing.T) {
 				c.Close()
 			}
 		}()
-		status, _, body := get(t, annotator(t, publish.AnnotatorOptions{Upstream: "http://" + l.Addr().String()})+path)
+		status, _, body := request(t, "GET", annotator(t, publish.AnnotatorOptions{Upstream: "http://" + l.Addr().String()})+path)
 		if status != test.status || !strings.HasPrefix(body, test.body) {
 			t.Errorf("%s: status %d, %q", name, status, body)
 		}
@@ -526,10 +554,7 @@ func TestAnnotatorRedirected(t *testing.T) {
 		t.Errorf("%s: %q", location, body)
 	}
 	for _, location = range []string{"http://127.0.0.1:1/there/", "again"} {
-		response, err := http.DefaultTransport.RoundTrip(httptest.NewRequest("GET", here+"/nar/x", nil))
-		must(t, err)
-		response.Body.Close()
-		if to := response.Header.Get("Location"); to != location {
+		if _, to, _ := unredirected(t, here+"/nar/x"); to != location {
 			t.Errorf("to %q instead of %q", to, location)
 		}
 	}
@@ -540,9 +565,7 @@ func TestAnnotatorLoop(t *testing.T) {
 	second := httptest.NewUnstartedServer(nil)
 	defer second.Close()
 	first := annotator(t, publish.AnnotatorOptions{Upstream: "http://" + second.Listener.Addr().String()})
-	a, err := publish.NewAnnotator(publish.AnnotatorOptions{Upstream: first, Log: logger(t)})
-	must(t, err)
-	second.Config.Handler = a
+	second.Config.Handler = newAnnotator(t, publish.AnnotatorOptions{Upstream: first})
 	second.Start()
 	wantStatus(t, first+"/0000000000000000000000000000000a.narinfo", http.StatusLoopDetected)
 }
@@ -638,7 +661,7 @@ func TestAnnotatorPassesOn(t *testing.T) {
 		"/nix-cache-info":                                  {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nix-cache-info"},
 		"/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e": {200, "", strings.TrimPrefix(upstream.URL, "http://") + " /mirror/eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee.narinfo?%2e%2e"},
 	} {
-		status, header, body := get(t, here+path)
+		status, header, body := request(t, "GET", here+path)
 		if status != want.status || header.Get("Cache-Control") != want.cacheControl || body != want.body {
 			t.Errorf("%s: status %d, header %v, body %.300q; want %+v", path, status, header, body, want)
 		}
@@ -647,27 +670,18 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	// Clients find the nars themselves.
 	options.Upstream = "http://mirror.example/a%20b/"
 	elsewhere := annotator(t, options)
-	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	response, err := client.Get(elsewhere + "/nar/zstd/a%2Bb%3Fc")
-	must(t, err)
-	response.Body.Close()
-	if to := response.Header.Get("Location"); response.StatusCode != 302 || to != "http://mirror.example/a%20b/nar/zstd/a%2Bb%3Fc" {
-		t.Errorf("status %d, to %q", response.StatusCode, to)
+	if status, to, _ := unredirected(t, elsewhere+"/nar/zstd/a%2Bb%3Fc"); status != 302 || to != "http://mirror.example/a%20b/nar/zstd/a%2Bb%3Fc" {
+		t.Errorf("status %d, to %q", status, to)
 	}
 
 	// But not at another port of the host, where Guix does not look; nor here for ever.
-	response, err = client.Get(here + "/nar/zstd/x")
-	must(t, err)
-	body, err := io.ReadAll(response.Body)
-	must(t, err)
-	if want := strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nar/zstd/x"; response.StatusCode != 200 || string(body) != want {
-		t.Errorf("status %d, %q", response.StatusCode, body)
+	status, _, body := unredirected(t, here+"/nar/zstd/x")
+	if want := strings.TrimPrefix(upstream.URL, "http://") + " /mirror/nar/zstd/x"; status != 200 || body != want {
+		t.Errorf("status %d, %q", status, body)
 	}
 	itself := httptest.NewUnstartedServer(nil)
-	options.Upstream, options.Log = "http://"+itself.Listener.Addr().String(), logger(t)
-	a, err := publish.NewAnnotator(options)
-	must(t, err)
-	itself.Config.Handler = a
+	options.Upstream = "http://" + itself.Listener.Addr().String()
+	itself.Config.Handler = newAnnotator(t, options)
 	itself.Start()
 	defer itself.Close()
 	wantStatus(t, itself.URL+"/nar/zstd/x", http.StatusLoopDetected)
@@ -680,12 +694,9 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	defer guarded.Close()
 	options.Upstream = "http://me:secret@" + strings.Replace(strings.TrimPrefix(guarded.URL, "http://"), "127.0.0.1", "localhost", 1)
 	for _, path := range []string{"/nar/zstd/x", "/" + hash + ".narinfo"} {
-		response, err := client.Get(annotator(t, options) + path)
-		must(t, err)
-		if body, err := io.ReadAll(response.Body); err != nil || response.StatusCode != 200 || string(body) != "me secret" {
-			t.Errorf("%s: status %d, to %q: %q", path, response.StatusCode, response.Header.Get("Location"), body)
+		if status, to, body := unredirected(t, annotator(t, options)+path); status != 200 || body != "me secret" {
+			t.Errorf("%s: status %d, to %q: %q", path, status, to, body)
 		}
-		response.Body.Close()
 	}
 
 	// It opens what is below the URL of that server, and nothing else there.
@@ -697,11 +708,9 @@ func TestAnnotatorPassesOn(t *testing.T) {
 	var log []string
 	options.Log = func(format string, a ...any) { log = append(log, fmt.Sprintf(format, a...)) }
 	guarded.Close()
-	a, err = publish.NewAnnotator(options)
-	must(t, err)
-	a.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/"+hash+".narinfo", nil))
+	newAnnotator(t, options).ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/"+hash+".narinfo", nil))
 	options.Upstream = "htps://me:secret@mirror.example"
-	_, err = publish.NewAnnotator(options)
+	_, err := publish.NewAnnotator(options)
 	log = append(log, fmt.Sprint(err))
 	if text := strings.Join(log, "\n"); len(log) != 2 || strings.Contains(text, "me:") || strings.Contains(text, "secret") {
 		t.Errorf("log:\n%s", text)
@@ -729,7 +738,7 @@ func TestGone(t *testing.T) {
 	must(t, os.RemoveAll(directory+"/00000000000000000000000000000002-tree"))
 	above, _, _ := strings.Cut(before, "Signature:")
 	for what, url := range map[string]string{"the same process": first, "another one": start(store)} {
-		status, _, text := get(t, url+name)
+		status, _, text := request(t, "GET", url+name)
 		if status != 200 || !strings.HasPrefix(text, above+"Signature:") {
 			t.Fatalf("%s: status %d, narinfo:\n%s", what, status, text)
 		}
@@ -796,10 +805,7 @@ func testHangingStore(t *testing.T) {
 	store := newMemoryStore()
 	release := store.Hold()
 	c := newCapabilities(t, store)
-	s, err := publish.NewServer(publish.ServerOptions{
-		StoreDir: "/gnu/store", Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour, Log: logger(t),
-	})
-	must(t, err)
+	s := newServer(t, publish.ServerOptions{Root: directory, Items: items, Capabilities: c, WaitFor: 1 << 30, TTL: time.Hour})
 	var network sourcetest.Network
 	l := network.Listen()
 	h := &http.Server{Handler: s}
@@ -932,11 +938,10 @@ func TestLogBounded(t *testing.T) {
 	must(t, os.WriteFile(directory+"/"+name, []byte("damaged"), 0o644))
 	lines := 0
 	log := func(string, ...any) { lines++ }
-	s, err := publish.NewServer(publish.ServerOptions{StoreDir: "/gnu/store", Items: publish.Directory(directory), Log: log})
-	must(t, err)
-	a, err := publish.NewAnnotator(publish.AnnotatorOptions{StoreDir: "/gnu/store", Upstream: "http://127.0.0.1:1", Log: log})
-	must(t, err)
-	for of, handler := range map[string]http.Handler{"server": s, "annotator": a} {
+	for of, handler := range map[string]http.Handler{
+		"server":    newServer(t, publish.ServerOptions{Items: publish.Directory(directory), Log: log}),
+		"annotator": newAnnotator(t, publish.AnnotatorOptions{Upstream: "http://127.0.0.1:1", Log: log}),
+	} {
 		ask := func(ctx context.Context, times int) int {
 			lines = 0
 			for range times {
@@ -969,7 +974,7 @@ func TestLogBoundedFull(t *testing.T) {
 	})
 	const hashPart = "00000000000000000000000000000001"
 	ask := func() (header http.Header) {
-		_, header, _ = get(t, s.URL+"/"+hashPart+".narinfo")
+		_, header, _ = request(t, "GET", s.URL+"/"+hashPart+".narinfo")
 		return header
 	}
 	for ask().Get("Cache-Control") != "" { // until the nar is kept
