@@ -200,10 +200,7 @@ func TestOddNames(t *testing.T) {
 	again := append(nodeList(nil), nodes...)
 	_, err := nar.Write(&want, &again)
 	must(t, err)
-	_, err = restoreArchive(want.Bytes(), 100, s+"/item", restore.Options{})
-	must(t, err)
-	if got := archiveOf(t, s+"/item"); !bytes.Equal(got, want.Bytes()) {
-		t.Error("another tree was restored")
-	}
+	mustRestore(t, want.Bytes(), 100, s+"/item", restore.Options{})
+	wantTree(t, s+"/item", want.Bytes())
 	checkCanonical(t, s+"/item")
 }

@@ -52,8 +52,7 @@ func TestHoles(t *testing.T) {
 		archive := archiveOf(t, tree)
 		for _, piece := range []int{1000, 30000, 128 << 10} {
 			s := store(t)
-			got, err := restoreArchive(archive, piece, s+"/item", restore.Options{LinksDirectory: s + "/.links"})
-			must(t, err)
+			got := mustRestore(t, archive, piece, s+"/item", restore.Options{LinksDirectory: s + "/.links"})
 			if got.NarHash != sha256.Sum256(archive) {
 				t.Errorf("%d, in pieces of %d: another NarHash", i, piece)
 			}
