@@ -107,16 +107,6 @@ func mustEncode(t testing.TB, content []byte, options eris.EncodeOptions) (eris.
 	return capability, backend
 }
 
-// sorted returns the references of all blocks of a store.
-func sorted(backend *sourcetest.Backend) []eris.Reference {
-	var refs []eris.Reference
-	for ref := range backend.All() {
-		refs = append(refs, ref)
-	}
-	slices.SortFunc(refs, func(a, b eris.Reference) int { return bytes.Compare(a[:], b[:]) })
-	return refs
-}
-
 // library is many contents in one store.
 type library struct {
 	*sourcetest.Backend

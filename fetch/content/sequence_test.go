@@ -12,6 +12,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -297,7 +298,7 @@ func TestSequenceErrors(t *testing.T) { bothWays(t, testSequenceErrors) }
 func testSequenceErrors(t *testing.T, open openFunc) {
 	l := newLibrary(t, eris.BlockSize1KiB, 100, 20000, 100_000, 5000, 0, 3000)
 	failure := errors.New("line is down")
-	for _, ref := range sorted(l.Backend) {
+	for ref := range l.All() {
 		for name, answer := range map[string]func(block []byte) ([]byte, error){
 			"missing":      func([]byte) ([]byte, error) { return nil, fmt.Errorf("gone: %w", eris.ErrNotFound) },
 			"other":        func([]byte) ([]byte, error) { return nil, failure },
@@ -320,15 +321,15 @@ func testSequenceErrors(t *testing.T, open openFunc) {
 				}
 				n++
 			})
-			kind, _, _ := bytes.Cut([]byte(name), []byte(":"))
-			if errorKind(err) != string(kind) || name == "other" && !errors.Is(err, failure) {
+			kind, _, _ := strings.Cut(name, ":")
+			if errorKind(err) != kind || name == "other" && !errors.Is(err, failure) {
 				t.Errorf("%s: error %v", name, err)
 			}
 			var blockError *eris.BlockError
 			if errors.As(err, &blockError) && blockError.Reference != ref {
 				t.Errorf("%s: error about %v instead of %v", name, blockError.Reference, ref)
 			}
-			if err != nil && !bytes.Contains([]byte(err.Error()), []byte(ref.String())) {
+			if err != nil && !strings.Contains(err.Error(), ref.String()) {
 				t.Errorf("%s: error %q does not name the block", name, err)
 			}
 		}
