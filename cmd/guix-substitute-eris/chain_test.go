@@ -334,22 +334,11 @@ func TestWalkthrough(t *testing.T) {
 	if cmd.Process != nil {
 		group := cmd.Process.Pid
 		unix.Kill(-group, unix.SIGKILL)
-		checkGone(t, group)
+		// It may take a moment until those are gone whose parent was killed.
+		eventually(t, "processes are left", func() bool { return unix.Kill(-group, 0) != nil })
 	}
 	if err != nil {
 		output, _ := os.ReadFile(log.Name())
 		t.Errorf("%v\n%s", err, output)
-	}
-}
-
-// checkGone checks that no process of a group is left. It may take a moment until those are gone
-// whose parent was killed.
-func checkGone(t *testing.T, group int) {
-	t.Helper()
-	for begin := time.Now(); unix.Kill(-group, 0) == nil; time.Sleep(10 * time.Millisecond) {
-		if time.Since(begin) > 30*time.Second {
-			unix.Kill(-group, unix.SIGKILL)
-			t.Fatal("processes are left")
-		}
 	}
 }

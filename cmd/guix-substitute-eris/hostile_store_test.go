@@ -23,29 +23,13 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/acl"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/eris"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/erisfs"
+	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/internal/coap/coaptest"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/narinfo"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/publish"
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/restore"
 )
-
-// blockMap is a sink that keeps blocks in memory.
-type blockMap struct {
-	mu sync.Mutex
-	m  map[eris.Reference][]byte
-}
-
-// Put is a sink of blocks.
-func (b *blockMap) Put(_ context.Context, ref eris.Reference, block []byte) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.m == nil {
-		b.m = map[eris.Reference][]byte{}
-	}
-	b.m[ref] = bytes.Clone(block)
-	return nil
-}
 
 // A peer is a block store that need not keep to anything: it is asked what to write for each
 // request; nil is the end of the connection.
@@ -56,7 +40,7 @@ type peer struct {
 }
 
 // play serves a connection.
-func (p *peer) play(conn net.Conn, blocks *blockMap) {
+func (p *peer) play(conn net.Conn, blocks *sourcetest.Backend) {
 	defer conn.Close()
 	if _, err := conn.Write(p.hello); err != nil {
 		return
@@ -73,7 +57,7 @@ func (p *peer) play(conn net.Conn, blocks *blockMap) {
 		var block []byte
 		for _, query := range get.Options[message.URIQuery] {
 			if ref, err := eris.ParseReference(query); err == nil {
-				block = blocks.m[ref]
+				block, _ = blocks.Get(context.Background(), ref, 0, nil)
 			}
 		}
 		if answer := p.answer(get.Token, block); answer != nil {
@@ -85,7 +69,7 @@ func (p *peer) play(conn net.Conn, blocks *blockMap) {
 }
 
 // listen serves a socket until the end of the test.
-func (p *peer) listen(t *testing.T, socket string, blocks *blockMap) {
+func (p *peer) listen(t *testing.T, socket string, blocks *sourcetest.Backend) {
 	t.Helper()
 	l, err := net.Listen("unix", socket)
 	must(t, err)
@@ -179,7 +163,7 @@ func TestHostileStore(t *testing.T) {
 	for i := range 50 {
 		writeFiles(t, tree, map[string][]byte{fmt.Sprint("bin/", i): bytes.Repeat([]byte{byte(i)}, i*3000)})
 	}
-	blocks := &blockMap{}
+	blocks := sourcetest.NewBackend()
 	e, err := publish.Encode(t.Context(), tree, blocks.Put, erisfs.EncodeOptions{})
 	must(t, err)
 	archive := archiveOf(t, tree)
@@ -247,7 +231,7 @@ func TestHostileStore(t *testing.T) {
 // store is honest.
 func TestHostileContents(t *testing.T) {
 	h := newHostileMachine(t)
-	blocks := &blockMap{}
+	blocks := sourcetest.NewBackend()
 	encode := func(content []byte) eris.ReadCapability {
 		c, err := eris.Encode(t.Context(), bytes.NewReader(content), blocks.Put, eris.EncodeOptions{})
 		must(t, err)

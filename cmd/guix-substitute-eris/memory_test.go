@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -62,55 +64,54 @@ func makeLargeItem() *largeItem {
 	return item
 }
 
-// pieces gives the archive to f piece by piece.
-func (item *largeItem) pieces(f func(piece []byte) error) error {
-	if err := f(item.head); err != nil {
-		return err
-	}
-	for range item.blocks {
-		if err := f(item.block); err != nil {
-			return err
-		}
-	}
-	return f(item.tail)
+// pieces are what the archive is made of.
+func (item *largeItem) pieces() net.Buffers {
+	return slices.Concat([][]byte{item.head}, slices.Repeat([][]byte{item.block}, item.blocks), [][]byte{item.tail})
+}
+
+// WriteTo writes the archive.
+func (item *largeItem) WriteTo(w io.Writer) (int64, error) {
+	pieces := item.pieces()
+	return pieces.WriteTo(w)
 }
 
 // largeMethods write an item compressed in the ways that servers have.
 var largeMethods = map[string]func(w io.Writer, item *largeItem) error{
 	"none": func(w io.Writer, item *largeItem) error {
-		return item.pieces(func(piece []byte) error { _, err := w.Write(piece); return err })
+		_, err := item.WriteTo(w)
+		return err
 	},
 	"gzip": func(w io.Writer, item *largeItem) error {
 		z, err := gzip.NewWriterLevel(w, 1)
-		return errors.Join(err, item.pieces(func(piece []byte) error { _, err := z.Write(piece); return err }), z.Close())
+		_, err2 := item.WriteTo(z)
+		return errors.Join(err, err2, z.Close())
 	},
 	"zstd": func(w io.Writer, item *largeItem) error { // with the window of level 19
 		z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(8<<20))
-		return errors.Join(err, item.pieces(func(piece []byte) error { _, err := z.Write(piece); return err }), z.Close())
+		_, err2 := item.WriteTo(z)
+		return errors.Join(err, err2, z.Close())
 	},
 	// A member for each piece, like those of plzip -9; that of the block is made once.
 	"lzip": func(w io.Writer, item *largeItem) error {
-		var block bytes.Buffer
-		return item.pieces(func(piece []byte) error {
-			var member bytes.Buffer
-			if len(piece) == len(item.block) && block.Len() > 0 {
-				member = block
-			} else {
+		members := map[*byte][]byte{}
+		for _, piece := range item.pieces() {
+			if members[&piece[0]] == nil {
+				var member bytes.Buffer
 				z, err := lzip.NewWriter(&member, 9)
+				if err == nil {
+					_, err = z.Write(piece)
+					err = errors.Join(err, z.Close())
+				}
 				if err != nil {
 					return err
 				}
-				_, err = z.Write(piece)
-				if err := errors.Join(err, z.Close()); err != nil {
-					return err
-				}
+				members[&piece[0]] = member.Bytes()
 			}
-			if len(piece) == len(item.block) {
-				block = member
+			if _, err := w.Write(members[&piece[0]]); err != nil {
+				return err
 			}
-			_, err := w.Write(member.Bytes())
-			return err
-		})
+		}
+		return nil
 	},
 }
 
@@ -137,12 +138,8 @@ func TestLargeItemMemory(t *testing.T) {
 	t.Parallel()
 	directory := t.TempDir()
 	item := makeLargeItem()
-	h, size := sha256.New(), 0
-	err := item.pieces(func(piece []byte) error {
-		size += len(piece)
-		_, err := h.Write(piece)
-		return err
-	})
+	h := sha256.New()
+	size, err := item.WriteTo(h)
 	must(t, err)
 	hash := hashText([sha256.Size]byte(h.Sum(nil)))
 	store := filepath.Join(directory, "store")
