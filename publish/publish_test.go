@@ -497,27 +497,23 @@ func TestAnnotatorUpstream(t *testing.T) {
 		"no status":         {"HTTP/1.1 000 \r\nContent-Length: 1\r\n\r\nx", 502, "no good answer"},
 		"long header":       {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\nContent-Length: 1\r\n\r\nx", 502, "no good answer"},
 	} {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		must(t, err)
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				http.ReadRequest(bufio.NewReader(c))
-				io.WriteString(c, test.response)
-				if name == "another protocol" {
-					io.Copy(io.Discard, c)
-				}
-				c.Close()
+		upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			c, _, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
 			}
-		}()
-		status, _, body := request(t, "GET", annotator(t, publish.AnnotatorOptions{Upstream: "http://" + l.Addr().String()})+path)
+			defer c.Close()
+			io.WriteString(c, test.response)
+			if name == "another protocol" {
+				io.Copy(io.Discard, c)
+			}
+		}))
+		status, _, body := request(t, "GET", annotator(t, publish.AnnotatorOptions{Upstream: upstream.URL})+path)
 		if status != test.status || !strings.HasPrefix(body, test.body) {
 			t.Errorf("%s: status %d, %q", name, status, body)
 		}
-		l.Close()
+		upstream.Close()
 	}
 }
 
