@@ -127,19 +127,19 @@ func newLibrary(t testing.TB, size eris.BlockSize, lengths ...int) *library {
 	return l
 }
 
-// check returns a function for readSequence that compares, and one that says whether there was all.
-func (l *library) check(t *testing.T) (each func([]byte), done func()) {
+// check reads all contents, and compares them.
+func (l *library) check(t *testing.T, source fetch.Source, window fetch.Window) {
+	t.Helper()
 	n := 0
-	return func(content []byte) {
-			if !bytes.Equal(content, l.contents[n]) {
-				t.Errorf("content %d: wrong bytes", n)
-			}
-			n++
-		}, func() {
-			if n != len(l.wants) {
-				t.Errorf("%d contents instead of %d", n, len(l.wants))
-			}
+	err := readSequence(t.Context(), source, l.wants, 1<<40, window, func(content []byte) {
+		if !bytes.Equal(content, l.contents[n]) {
+			t.Errorf("content %d: wrong bytes", n)
 		}
+		n++
+	})
+	if err != nil || n != len(l.wants) {
+		t.Errorf("%d contents instead of %d, error %v", n, len(l.wants), err)
+	}
 }
 
 // readSequence reads all contents of a sequence, and calls each with its bytes if it is not nil.
