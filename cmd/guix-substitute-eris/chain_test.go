@@ -64,13 +64,9 @@ func newChain(t *testing.T) *chain {
 		"acl":             acl.NewACL(c.key.PublicKey()).Text(),
 	})
 	c.configure("policy = \"eris-only\"\ncache-size = \"0\"\n")
-	for _, variable := range os.Environ() {
-		name, _, _ := strings.Cut(variable, "=")
-		if !strings.HasPrefix(name, "ERIS_STORE") && !strings.HasPrefix(name, "GUIX_") && !strings.HasPrefix(name, "NIX_") {
-			c.env = append(c.env, variable)
-		}
-	}
-	c.env = append(c.env, "GUIX_CONFIGURATION_DIRECTORY="+directory+"/etc", "GUIX_STATE_DIRECTORY="+directory+"/var",
+	c.env = append(slices.DeleteFunc(os.Environ(), func(variable string) bool {
+		return strings.HasPrefix(variable, "ERIS_STORE") || strings.HasPrefix(variable, "GUIX_") || strings.HasPrefix(variable, "NIX_")
+	}), "GUIX_CONFIGURATION_DIRECTORY="+directory+"/etc", "GUIX_STATE_DIRECTORY="+directory+"/var",
 		"HOME="+directory, "XDG_CACHE_HOME="+directory+"/cache", "GUIX_SUBSTITUTE_ERIS_SYSTEM_ROOT="+directory)
 	return c
 }
