@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -32,13 +33,7 @@ func strs(ss ...string) string {
 	return b.String()
 }
 
-func le(n uint64) string {
-	var b [8]byte
-	for i := range b {
-		b[i] = byte(n >> (8 * i))
-	}
-	return string(b[:])
-}
+func le(n uint64) string { return string(binary.LittleEndian.AppendUint64(nil, n)) }
 
 func entry(name, node string) string {
 	return strs("entry", "(", "name", name, "node") + node + strs(")")
@@ -102,48 +97,27 @@ func read(s string) (string, error) {
 // The vectors are hashes of archives that Guix makes of small trees.
 var vectors = []struct {
 	name   string
-	make   func(t *testing.T, path string)
+	make   func(path string) error
 	hash   string
 	length int
 }{
-	{"empty file", file("", 0o644), "0ip26j2h11n1kgkz36rl4akv694yz65hr72q4kv4b3lxcbi65b3p", 112},
-	{"file", file("hello\n", 0o644), "04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw", 120},
-	{"executable", file("hello\n", 0o755), "1yhh619m3cy1mird7f0l7zsmiv9rayqn075zinda2g7rscwn0hv5", 152},
-	{"data", file("Substitutable data.", 0o644), "06fywwgp9lzldhx12lr601wviw7kzrjf4gp007dn3rnwsj39ik1h", 136},
-	{"symlink", link("/gnu/store/x"), "0v4j36dqmk9h70p8rc2x0j0j2nv4x89qy9s987mm67wknbmk44yc", 128},
-	{"empty directory", dir(), "0sjjj9z1dhilhpc8pq4154czrb79z9cm044jvn75kxcjv6v5l2m5", 96},
-	{"byte order", func(t *testing.T, path string) {
-		dir()(t, path)
-		for _, name := range []string{"a", "B", "Z"} {
-			file("", 0o644)(t, filepath.Join(path, name))
-		}
-		link("B")(t, filepath.Join(path, "z"))
+	{"empty file", func(path string) error { return os.WriteFile(path, nil, 0o644) }, "0ip26j2h11n1kgkz36rl4akv694yz65hr72q4kv4b3lxcbi65b3p", 112},
+	{"file", func(path string) error { return os.WriteFile(path, []byte("hello\n"), 0o644) }, "04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw", 120},
+	{"executable", func(path string) error { return os.WriteFile(path, []byte("hello\n"), 0o755) }, "1yhh619m3cy1mird7f0l7zsmiv9rayqn075zinda2g7rscwn0hv5", 152},
+	{"data", func(path string) error { return os.WriteFile(path, []byte("Substitutable data."), 0o644) }, "06fywwgp9lzldhx12lr601wviw7kzrjf4gp007dn3rnwsj39ik1h", 136},
+	{"symlink", func(path string) error { return os.Symlink("/gnu/store/x", path) }, "0v4j36dqmk9h70p8rc2x0j0j2nv4x89qy9s987mm67wknbmk44yc", 128},
+	{"empty directory", func(path string) error { return os.Mkdir(path, 0o755) }, "0sjjj9z1dhilhpc8pq4154czrb79z9cm044jvn75kxcjv6v5l2m5", 96},
+	{"byte order", func(path string) error {
+		return errors.Join(os.Mkdir(path, 0o755), os.WriteFile(path+"/a", nil, 0o644), os.WriteFile(path+"/B", nil, 0o644),
+			os.WriteFile(path+"/Z", nil, 0o644), os.Symlink("B", path+"/z"))
 	}, "0sfn5r63k88w9ls4hivnvscg82bqg8a0w7955l6xlk4g96jnb2z3", 840},
-}
-
-func file(contents string, mode os.FileMode) func(*testing.T, string) {
-	return func(t *testing.T, path string) {
-		must(t, os.WriteFile(path, []byte(contents), mode))
-	}
-}
-
-func link(target string) func(*testing.T, string) {
-	return func(t *testing.T, path string) {
-		must(t, os.Symlink(target, path))
-	}
-}
-
-func dir() func(*testing.T, string) {
-	return func(t *testing.T, path string) {
-		must(t, os.Mkdir(path, 0o755))
-	}
 }
 
 func TestVectors(t *testing.T) {
 	for _, v := range vectors {
 		t.Run(v.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "item")
-			v.make(t, path)
+			must(t, v.make(path))
 			var b bytes.Buffer
 			n, err := nar.Write(&b, nar.NewTree(path))
 			must(t, err)
