@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"testing"
 )
@@ -20,11 +19,7 @@ const writerVariable = "ERIS_BLOCKSTORE_TEST_WRITER"
 
 func TestMain(m *testing.M) {
 	if arguments := os.Getenv(writerVariable); arguments != "" {
-		if err := writeUntilKilled(arguments); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
+		panic(writeUntilKilled(arguments))
 	}
 	os.Exit(m.Run())
 }
@@ -32,21 +27,17 @@ func TestMain(m *testing.M) {
 // writeUntilKilled puts blocks, and prints the number of each that was acknowledged. Its arguments
 // are the number of the first block, the limit of the store, and its directory.
 func writeUntilKilled(arguments string) error {
-	fields := strings.SplitN(arguments, " ", 3)
-	first, err := strconv.Atoi(fields[0])
-	if err != nil {
+	var first, limit int64
+	var directory string
+	if _, err := fmt.Sscanf(arguments, "%d %d %q", &first, &limit, &directory); err != nil {
 		return err
 	}
-	limit, err := strconv.ParseInt(fields[1], 10, 64)
-	if err != nil {
-		return err
-	}
-	s, err := Open(fields[2], Options{MaxBytes: limit})
+	s, err := Open(directory, Options{MaxBytes: limit})
 	if err != nil {
 		return err
 	}
 	var next atomic.Int64
-	next.Store(int64(first))
+	next.Store(first)
 	failures := make(chan error)
 	for range 32 {
 		go func() {
@@ -67,10 +58,6 @@ func writeUntilKilled(arguments string) error {
 // A process that puts blocks is killed again and again. Every block that it acknowledged is there
 // afterwards, unless the store has a limit, and the store is consistent.
 func TestKill(t *testing.T) {
-	executable, err := os.Executable()
-	if err != nil {
-		t.Skip("the test binary cannot be found: ", err)
-	}
 	for name, limit := range map[string]int64{"without limit": 0, "with limit": 4 << 20} {
 		t.Run(name, func(t *testing.T) {
 			directory := t.TempDir()
@@ -86,8 +73,8 @@ func TestKill(t *testing.T) {
 				if round%3 == 2 {
 					first -= 100000 // duplicates, of blocks acknowledged or not
 				}
-				writer := exec.Command(executable)
-				writer.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %s", writerVariable, first, limit, directory))
+				writer := exec.Command(os.Args[0])
+				writer.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %q", writerVariable, first, limit, directory))
 				writer.Stderr = os.Stderr
 				output, err := writer.StdoutPipe()
 				must(t, err)

@@ -73,13 +73,8 @@ func runProcess(arguments string) error {
 }
 
 // process returns another process that uses a cache.
-func process(t *testing.T, first, last int, maxBytes int64, directory string) *exec.Cmd {
-	t.Helper()
-	executable, err := os.Executable()
-	if err != nil {
-		t.Skip("the test binary cannot be found: ", err)
-	}
-	p := exec.Command(executable)
+func process(first, last int, maxBytes int64, directory string) *exec.Cmd {
+	p := exec.Command(os.Args[0])
 	p.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %d %q", processVariable, first, last, maxBytes, directory))
 	p.Stderr = os.Stderr
 	return p
@@ -94,7 +89,7 @@ func TestKill(t *testing.T) {
 	written := map[int]int{}
 	for round := range 6 {
 		first := round * 1_000_000
-		p := process(t, first, first+1_000_000, most, d)
+		p := process(first, first+1_000_000, most, d)
 		output, err := p.StdoutPipe()
 		must(t, err)
 		must(t, p.Start())
@@ -131,11 +126,11 @@ func TestProcesses(t *testing.T) {
 	const most = 8 << 20
 	d := t.TempDir()
 	os.Chmod(d, 0o700)
-	victim := process(t, 1_000_000, 2_000_000, most, d)
+	victim := process(1_000_000, 2_000_000, most, d)
 	must(t, victim.Start())
 	var others []*exec.Cmd
 	for i := range 3 {
-		p := process(t, i*10_000, i*10_000+3000, most, d)
+		p := process(i*10_000, i*10_000+3000, most, d)
 		must(t, p.Start())
 		others = append(others, p)
 	}
