@@ -3,7 +3,6 @@
 package nar
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"hash"
@@ -68,7 +67,10 @@ func (h *Hasher) Walk(nodes Nodes, f func(n Node) error) error {
 		if err == nil && n.Kind == Regular {
 			err = h.extend(h.framer.AppendContentsEnd)
 		}
-		return cmp.Or(err, h.ctx.Err())
+		if err == nil { // cmp.Or would take memory for each node
+			err = h.ctx.Err()
+		}
+		return err
 	})
 }
 

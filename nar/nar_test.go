@@ -373,3 +373,28 @@ func TestShortArchive(t *testing.T) {
 		t.Errorf("it took %d bytes", all/times)
 	}
 }
+
+// empty is so many empty files.
+type empty int
+
+func (e *empty) Next() (nar.Node, error) {
+	if *e--; *e < 0 {
+		return nar.Node{}, io.EOF
+	}
+	return nar.Node{Kind: nar.Regular, Name: "name"}, nil
+}
+
+func (e *empty) Contents() (nar.Chunk, error) { return nar.Chunk{}, io.EOF }
+
+// TestWalkMemory checks that hashing takes no memory for each node.
+func TestWalkMemory(t *testing.T) {
+	const most = 1000
+	allocations := testing.AllocsPerRun(5, func() {
+		h, nodes := nar.NewHasher(t.Context()), empty(most)
+		must(t, h.Walk(&nodes, func(nar.Node) error { return nil }))
+		h.Finish()
+	})
+	if allocations > most/2 {
+		t.Errorf("%v allocations for %d nodes", allocations, most)
+	}
+}
