@@ -23,6 +23,8 @@ const (
 	// longestPause is the longest time before a request is made again whose connection was lost, or
 	// a connection to a server that was there just now.
 	longestPause = 2 * time.Second
+	// mostLost is how often a request is made again so, in two minutes: it may be the reason.
+	mostLost = 64
 	// LongestRest is the longest time for which a server is left alone, or is missed after it has
 	// answered.
 	LongestRest = 30 * time.Second
@@ -67,7 +69,7 @@ func New(open context.Context) *Turns {
 // Retry calls f, which makes a request, and calls it again when its error is a [*fetch.BusyError]:
 // with others, when it has its turn, of which there are fewer then; or by itself, as often as that
 // fits into some seconds. It does so, too, when the error is a [*LostError], as long as the server
-// has answered within the last half minute. Other errors are those of f.
+// has answered within the last half minute, for two minutes at most. Other errors are those of f.
 func (t *Turns) Retry(ctx context.Context, f func() error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -109,7 +111,7 @@ func (t *Turns) Retry(ctx context.Context, f func() error) error {
 			return err
 		case lost.Again && pauses.Failures() == 0:
 			pauses.Fail(time.Now(), 0)
-		case t.MaxRest() == LongestRest:
+		case t.MaxRest() == LongestRest, pauses.Failures() == mostLost:
 			return err
 		default:
 			pause = pauses.Fail(time.Now(), 0)
