@@ -52,6 +52,11 @@ func (s *Store) again(c connection, err error) bool {
 	return !errors.As(err, new(*dialError)) && !errors.Is(err, context.Canceled) && (answered || !errors.Is(err, wire.ErrSilent))
 }
 
+// lost is the error of a request whose connection has failed.
+func (s *Store) lost(c connection, err error) error {
+	return &turns.LostError{Err: err, Again: s.again(c, err)}
+}
+
 // put puts a block in one message, or in parts if the peer cannot take it otherwise.
 func (s *Store) put(ctx context.Context, block []byte) error {
 	if s.url.Scheme == "coap" && len(block) > blockUnit {
@@ -72,7 +77,7 @@ func (s *Store) put(ctx context.Context, block []byte) error {
 			conn.Unlock()
 		}
 		if err != nil {
-			return &turns.LostError{Err: err, Again: s.again(c, err)}
+			return s.lost(c, err)
 		}
 		silent := !peer.Stated && !peer.BlockWise // some servers say nothing, and take whole blocks
 		switch {
@@ -99,7 +104,7 @@ func (s *Store) do(ctx context.Context, c connection, x *wire.Exchange) error {
 	x.Done = func(*wire.Exchange) { close(done) }
 	if !c.Start(x) {
 		_, err := c.State()
-		return &turns.LostError{Err: err, Again: s.again(c, err)}
+		return s.lost(c, err)
 	}
 	select {
 	case <-done:
@@ -116,7 +121,7 @@ func (s *Store) failure(ctx context.Context, c connection, err error) error {
 	case errors.Is(err, context.Canceled):
 		return context.Cause(ctx)
 	case err != nil:
-		return &turns.LostError{Err: err, Again: s.again(c, err)}
+		return s.lost(c, err)
 	}
 	return nil
 }

@@ -308,7 +308,7 @@ func testBackendFails(t *testing.T, s *suite) {
 	ref, want := s.add(eris.BlockSize1KiB)
 	s.backend.Fail(true)
 	_, err := s.get(t.Context(), ref, eris.BlockSize1KiB)
-	if err == nil || errors.Is(err, eris.ErrNotFound) || errors.As(err, new(*eris.BlockError)) {
+	if err == nil || fetch.Lacks(err) {
 		t.Errorf("error is %v, which says something about the block", err)
 	}
 	s.backend.Fail(false)

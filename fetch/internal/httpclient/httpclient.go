@@ -226,10 +226,9 @@ func (c *Client) Close() {
 func (c *Client) Retry(ctx context.Context, f func() error) error { return c.turns.Retry(ctx, f) }
 
 // unreachable has the server rest for the longer the longer it took to connect, so that a host that
-// does not answer takes a small part of the time; but not if it has answered lately, for the line
-// may be away for a moment.
+// does not answer takes a small part of the time; but not if it has answered lately.
 func (c *Client) unreachable(err error, took time.Duration) {
-	if c.turns.MaxRest() < turns.LongestRest {
+	if c.turns.Lately() {
 		took = 0
 	}
 	c.turns.Fail(err, 6*took)

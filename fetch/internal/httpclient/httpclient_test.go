@@ -23,6 +23,30 @@ import (
 	"codeberg.org/guix-substitute-eris/guix-substitute-eris/fetch/sourcetest"
 )
 
+// newClient returns a client whose timeouts are all the same, until the test ends.
+func newClient(t *testing.T, base *url.URL, connections int, timeout time.Duration) *Client {
+	c := New(base, Options{Connections: connections, ConnectTimeout: timeout, Timeout: timeout, BodyTimeout: timeout, IdleTimeout: timeout})
+	t.Cleanup(c.Close)
+	return c
+}
+
+// inMemory is where the server of [serve] is.
+var inMemory = &url.URL{Scheme: "http", Host: "192.0.2.1"}
+
+// serve returns a client of a server in memory, for tests in a bubble, until the test ends.
+func serve(t *testing.T, connections int, timeout time.Duration, handler http.HandlerFunc) *Client {
+	var network sourcetest.Network
+	l := network.Listen()
+	server := &http.Server{Handler: handler}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	c := newClient(t, inMemory, connections, timeout)
+	c.transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return network.Dial(ctx, "tcp", l.Addr().String())
+	}
+	return c
+}
+
 // TestAcknowledged has responses acknowledged at once: a server may wait for that with the rest.
 func TestAcknowledged(t *testing.T) {
 	server := httptest.NewServer(http.NotFoundHandler())
@@ -31,8 +55,7 @@ func TestAcknowledged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := New(base, Options{Connections: 1, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
-	defer c.Close()
+	c := newClient(t, base, 1, time.Minute)
 	for range 20 {
 		var used *conn
 		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { used = info.Conn.(*conn) }})
@@ -76,8 +99,7 @@ func TestUnasked(t *testing.T) {
 			io.Copy(io.Discard, c) // until the client closes it
 		}()
 		base := &url.URL{Scheme: "http", Host: l.Addr().String()}
-		c := New(base, Options{Connections: 1, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
-		defer c.Close()
+		c := newClient(t, base, 1, time.Minute)
 		closed := false
 		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
 			for before && !closed { // by net/http, which reads at once
@@ -99,23 +121,17 @@ func TestAway(t *testing.T) {
 	for _, how := range []string{"refuses", "closes", "proxy"} {
 		for away, works := range map[time.Duration]bool{25 * time.Second: true, time.Minute: false} {
 			synctest.Test(t, func(t *testing.T) {
-				var network sourcetest.Network
-				l := network.Listen()
 				var returns time.Time
 				var asked atomic.Int32
-				server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				c := serve(t, 10, time.Minute, func(w http.ResponseWriter, _ *http.Request) {
 					if time.Now().Before(returns) {
 						asked.Add(1)
 						w.WriteHeader(http.StatusBadGateway)
 					}
-				})}
-				go server.Serve(l)
-				defer server.Close()
-				base := &url.URL{Scheme: "http", Host: "192.0.2.1"}
-				c := New(base, Options{Connections: 10, ConnectTimeout: time.Minute, Timeout: time.Minute, BodyTimeout: time.Minute, IdleTimeout: time.Minute})
-				defer c.Close()
-				c.transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-					conn, err := network.Dial(ctx, "tcp", l.Addr().String())
+				})
+				dial := c.transport.DialContext
+				c.transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+					conn, err := dial(ctx, network, address)
 					if err == nil && how != "proxy" && time.Now().Before(returns) {
 						asked.Add(1)
 						conn.Close()
@@ -127,7 +143,7 @@ func TestAway(t *testing.T) {
 				}
 				request := func(ctx context.Context) error {
 					return c.Retry(ctx, func() error {
-						return c.Do(ctx, &http.Request{Method: "PUT", URL: base, Header: Header()}, func(r *http.Response) error {
+						return c.Do(ctx, &http.Request{Method: "PUT", URL: inMemory, Header: Header()}, func(r *http.Response) error {
 							if r.StatusCode != http.StatusOK {
 								return &StatusError{Code: r.StatusCode}
 							}
@@ -168,27 +184,17 @@ func TestAway(t *testing.T) {
 // TestStalled has a server begin an answer and not end it: that is one, and no lost connection.
 func TestStalled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var network sourcetest.Network
-		l := network.Listen()
 		var asked atomic.Int32
-		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := serve(t, 1, time.Second, func(w http.ResponseWriter, r *http.Request) {
 			asked.Add(1)
 			w.WriteHeader(http.StatusInternalServerError)
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
-		})}
-		go server.Serve(l)
-		defer server.Close()
-		base := &url.URL{Scheme: "http", Host: "192.0.2.1"}
-		c := New(base, Options{Connections: 1, ConnectTimeout: time.Second, Timeout: time.Second, BodyTimeout: time.Second, IdleTimeout: time.Second})
-		defer c.Close()
-		c.transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return network.Dial(ctx, "tcp", l.Addr().String())
-		}
+		})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		err := c.Retry(ctx, func() error {
-			return c.Do(ctx, &http.Request{Method: "PUT", URL: base, Header: Header()}, func(r *http.Response) error {
+			return c.Do(ctx, &http.Request{Method: "PUT", URL: inMemory, Header: Header()}, func(r *http.Response) error {
 				_, err := io.Copy(io.Discard, r.Body)
 				return err
 			})

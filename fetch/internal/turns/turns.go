@@ -111,7 +111,7 @@ func (t *Turns) Retry(ctx context.Context, f func() error) error {
 			return err
 		case lost.Again && pauses.Failures() == 0:
 			pauses.Fail(time.Now(), 0)
-		case t.MaxRest() == LongestRest, pauses.Failures() == mostLost:
+		case !t.Lately(), pauses.Failures() == mostLost:
 			return err
 		default:
 			pause = pauses.Fail(time.Now(), 0)
@@ -210,12 +210,18 @@ func (t *Turns) miss(lost *LostError, began time.Time) {
 	}
 }
 
-// MaxRest returns for how long no connection is made at most after failures: [LongestRest], but
-// less if the server has answered within that time, for it may be away for a moment.
-func (t *Turns) MaxRest() time.Duration {
+// Lately reports whether the server has answered within the last half minute: it, or the line, may
+// be away for a moment only.
+func (t *Turns) Lately() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if time.Since(t.last) < LongestRest {
+	return time.Since(t.last) < LongestRest
+}
+
+// MaxRest returns for how long no connection is made at most after failures: [LongestRest], but
+// less if the server has answered lately.
+func (t *Turns) MaxRest() time.Duration {
+	if t.Lately() {
 		return longestPause
 	}
 	return LongestRest
