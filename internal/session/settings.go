@@ -48,8 +48,8 @@ type Settings struct {
 	Unauthorised   bool  // signatures do not count
 	Wrong          error // what is wrong with the configuration file; it counts as if it were not there
 	stores         string
-	Policy         substitute.Policy
-	limitRate      int64 // bytes per second; 0 is no limit
+	Policy         substitute.Policy // empty is Fastest
+	limitRate      int64             // bytes per second; 0 is no limit
 	verbose        bool
 
 	daemon  bool // the daemon has started this process
@@ -109,11 +109,10 @@ func (s *Settings) read() {
 		s.Unauthorised = true
 	}
 	if s.Policy == "" {
-		policy, err := policyOf(s.file.Policy)
-		if err != nil {
+		var err error
+		if s.Policy, err = policyOf(s.file.Policy); err != nil {
 			s.Wrong = errors.Join(s.Wrong, fmt.Errorf("%s: %w", settings.FileName(), err))
 		}
-		s.Policy = cmp.Or(policy, substitute.Fastest)
 	}
 	if s.limitRate == 0 {
 		s.limitRate, _ = bytesize.ParseRate(s.file.LimitRate) // nothing is no limit
